@@ -1,0 +1,1 @@
+"""Dialogues, packing and BIG-Bench Hard."""

@@ -1,0 +1,1 @@
+"""Suites: what a trained cell is measured by."""

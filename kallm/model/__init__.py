@@ -1,0 +1,1 @@
+"""Pretrained models: where they come from, their surgery, trunk and tail."""

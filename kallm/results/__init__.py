@@ -1,0 +1,1 @@
+"""Records, status, statistics, the table and the report."""

@@ -1,0 +1,1 @@
+"""One cell, and a whole study on this machine."""

@@ -1,0 +1,54 @@
+"""The store: one interface over a folder and an S3 bucket, and how an address opens one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Entry", "Store"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a listing; ``modified`` is in seconds since the epoch, by the store's own clock."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Store(Protocol):
+    """Seven methods; keys are relative, with ``/`` between parts.
+
+    Every method raises ``StorageUnavailable`` when the store does not answer, is full, or refuses access.
+    """
+
+    address: str
+
+    def get(self, key: str) -> bytes | None:
+        """Return an object's bytes, or None where there is none."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, whole or not at all, replacing what was there."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object only if there is none; return whether this call's bytes are the ones that stand."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield the objects whose key starts with ``prefix``, sorted by key."""
+        ...
+
+    def upload(self, path: Path, key: str) -> None:
+        """Write a file's bytes as an object, whole or not at all."""
+        ...
+
+    def download(self, key: str, path: Path) -> bool:
+        """Write an object's bytes to a file; return False where there is no such object."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens where there is none."""
+        ...

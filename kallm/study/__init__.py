@@ -1,0 +1,1 @@
+"""Studies, variants and the plan of cells."""
