@@ -223,7 +223,7 @@ def _with_blocks(base: PreTrainedModel, low: int, high: int) -> PreTrainedModel:
 
 
 def _sliced_config(config: object, low: int, high: int) -> object:
-    """Cut every per-block list of a config; a list of another length raises nothing in transformers, only wrong masks."""
+    """Cut every per-block list of a config; transformers does not refuse a wrong length, it masks wrongly."""
     num_blocks = config.num_hidden_layers  # type: ignore[attr-defined]
     sliced = copy.deepcopy(config)
     for key, value in vars(config).items():

@@ -1,11 +1,14 @@
-"""The store: one interface over a folder and an S3 bucket, and how an address opens one."""
+"""The store: one interface over a folder and an S3 bucket."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["Entry", "Store"]
+__all__ = ["TEMPORARY", "Entry", "Store", "is_key"]
+
+TEMPORARY = ".tmp-"
+"""How the names of half-written files begin; no part of a key begins so."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Entry:
     modified: float
 
 
+@runtime_checkable
 class Store(Protocol):
     """Seven methods; keys are relative, with ``/`` between parts.
 
@@ -52,3 +56,10 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens where there is none."""
         ...
+
+
+def is_key(text: str) -> bool:
+    """Say whether a text names an object: relative, parts joined by ``/``, none of them empty, ``.`` or ``..``."""
+    if "\\" in text or "\0" in text:
+        return False
+    return all(part not in ("", ".", "..") and not part.startswith(TEMPORARY) for part in text.split("/"))

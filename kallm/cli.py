@@ -1,0 +1,260 @@
+"""The program ``kallm``: parse, call, print; nothing else."""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from kallm.errors import CellsMissing, Diverged, ExitCode, KallmError, OutOfMemory, WrongConfiguration, did_you_mean
+from kallm.progress import Reporter, Stop, format_duration
+from kallm.results.record import StudyDocument, read_record, study_key
+from kallm.results.render import render_terminal
+from kallm.results.status import read_status, render_status
+from kallm.results.table import Table, build_table, write_table
+from kallm.store.opening import open_store
+from kallm.store.store import Store
+from kallm.study.plan import Cell, Plan, estimate_cost, make_plan
+from kallm.study.study import preset_names, read_study
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Replace the last feed-forward networks of a language model by KAN layers, and measure what it does.\n\n"
+    "    kallm run demo                      a whole study here, real weights, about ten minutes on two cores\n\n"
+    "    kallm plan published                what a study would train, and what it would cost\n\n"
+    "    kallm status demo                   which cells are done\n\n"
+    "    kallm table demo                    the table again, from the store alone",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_STUDY_HELP = f"a preset ({', '.join(preset_names())}), a YAML file, YAML text, or - for standard input"
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help=_STUDY_HELP)]
+StoreOption = Annotated[str, typer.Option("--store", help="a folder, or s3://bucket/prefix")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="override one field, e.g. train.lr=0.0005 or seeds=[0]; repeatable")
+]
+DEFAULT_STORE = "kallm-store"
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="show a traceback with an error")] = False) -> None:
+    """Keep the options that every command has."""
+
+
+@app.command()
+def run(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None) -> None:
+    """Train and evaluate every unfinished cell of a study here, then write and print its table.
+
+    Ctrl-C at any moment; the same command continues. A finished study is only read.
+
+        kallm run demo
+
+        kallm run demo --set seeds=[0] --set train.tokens=4096
+
+        kallm run my-study.yaml --store s3://my-bucket/kallm
+    """
+    stop = Stop()
+    stop.install()
+    plan, opened = _prepare(study, store, set_)
+    from kallm.run.local import run_cells
+
+    began = time.monotonic()
+    with Reporter() as reporter:
+        run_cells(plan, list(plan.cells), opened, reporter, stop)
+    table = _finish_table(opened, plan.document)
+    print(f"in {format_duration(time.monotonic() - began)}", file=sys.stderr)
+    _leave_by(table)
+
+
+@app.command()
+def cell(
+    study: StudyArgument,
+    variant: Annotated[str, typer.Option(help="one of the study's variants")],
+    seed: Annotated[
+        int | None, typer.Option(help="one of the study's seeds; none for a variant that is not trained")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    set_: SetOption = None,
+) -> None:
+    """Train and evaluate one cell, the unit that a cluster runs.
+
+    kallm cell demo --variant kan --seed 0
+    """  # fmt: skip
+    stop = Stop()
+    stop.install()
+    plan, opened = _prepare(study, store, set_, inside_cell=True)
+    chosen = _choose_cell(plan, variant, seed)
+    from kallm.run.local import run_cells
+
+    with Reporter() as reporter:
+        diverged = run_cells(plan, [chosen], opened, reporter, stop)
+    if diverged:
+        raise Diverged(diverged[0])
+    print(chosen.id)
+
+
+@app.command()
+def plan(
+    study: StudyArgument,
+    store: StoreOption = DEFAULT_STORE,
+    set_: SetOption = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="only the cells that the store lacks")] = False,
+    tflops: Annotated[float, typer.Option(min=1e-6, help="sustained TFLOP/s that hours are estimated with")] = 0.2,
+) -> None:
+    """Print a study's cells as JSON, with its cost; loads no weights.
+
+    kallm plan demo
+
+    kallm plan published --tflops 200
+
+    kallm plan demo --unfinished | jq '.cells[].id'
+    """
+    planned = make_plan(read_study(study, set_))
+    cells = planned.cells
+    if unfinished:
+        from kallm.run.finished import is_finished
+
+        opened = open_store(store)
+        cells = tuple(c for c in cells if not is_finished(opened, c, list(planned.suites)))
+    cost = estimate_cost(planned, cells)
+    entries = {entry.id: entry.model_dump(mode="json") for entry in planned.document.cells}
+    told = {
+        "study": f"{planned.document.name}.{planned.document.hash}",
+        "model": planned.model.source,
+        "dialogues": planned.dialogues,
+        "suites": list(planned.suites),
+        "cells": [entries[c.id] for c in cells],
+        "estimate": {
+            "trained_tokens": cost.trained_tokens,
+            "training_hours": round(cost.hours(tflops), 3),
+            "at_tflops": tflops,
+            "stored_bytes": cost.stored_bytes,
+            "checkpoint_bytes_while_running": cost.running_bytes,
+        },
+    }
+    print(json.dumps(told, indent=2))
+
+
+@app.command()
+def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None) -> None:
+    """Show which cells of a study are done, running, stale, failed or missing, from the store alone.
+
+    kallm status demo
+    """  # fmt: skip
+    opened = open_store(store)
+    document = _document(opened, study, set_)
+    Reporter().console.print(render_status(read_status(opened, document, now=time.time())))
+
+
+@app.command()
+def table(
+    study: StudyArgument,
+    store: StoreOption = DEFAULT_STORE,
+    set_: SetOption = None,
+    latex: Annotated[bool, typer.Option("--latex", help="print the table as LaTeX")] = False,
+) -> None:
+    """Write a study's table and report from the records in the store, and print the table.
+
+    kallm table demo
+
+    kallm table demo.0a1b2c3d4e5f --store s3://my-bucket/kallm
+    """
+    opened = open_store(store, writable=True)
+    _leave_by(_finish_table(opened, _document(opened, study, set_), latex=latex))
+
+
+def main() -> None:
+    """Run the program and leave with a code of ``errors.py``."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = ExitCode.WRONG_CONFIGURATION
+    except click.Abort:
+        code = ExitCode.PREEMPTED
+    except KallmError as error:
+        code = _tell(error, error.code, debug)
+    except MemoryError as error:
+        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug)
+    sys.exit(code)
+
+
+def _prepare(study: str, store: str, set_: list[str] | None, *, inside_cell: bool = False) -> tuple[Plan, Store]:
+    """Check everything that can be wrong before anything expensive starts."""
+    planned = make_plan(read_study(study, set_))
+    return planned, open_store(store, writable=True, inside_cell=inside_cell)
+
+
+def _choose_cell(planned: Plan, variant: str, seed: int | None) -> Cell:
+    names = {c.name for c in planned.cells}
+    if variant not in names:
+        raise WrongConfiguration(f"--variant: unknown variant '{variant}': {did_you_mean(variant, names)}")
+    found = {c.seed: c for c in planned.cells if c.name == variant}
+    if seed not in found:
+        known = ", ".join(map(str, found))
+        raise WrongConfiguration(f"--seed: variant '{variant}' has the seeds {known}, but got {seed}")
+    return found[seed]
+
+
+def _document(store: Store, study: str, set_: list[str] | None) -> StudyDocument:
+    """Return a study's document: by its full name from the store, else by planning it."""
+    name, _, study_hash = study.rpartition(".")
+    if name and not Path(study).exists():
+        stored = read_record(store, StudyDocument, study_key(name, study_hash, "study.json"))
+        if stored is not None:
+            return stored
+    return make_plan(read_study(study, set_)).document
+
+
+def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> Table:
+    from kallm.results.report import write_report
+
+    built = build_table(store, document)
+    write_table(store, document, built)
+    write_report(store, document, built)
+    if latex:
+        from kallm.results.render import render_latex
+
+        print(render_latex(built))
+    else:
+        from rich.console import Console
+
+        Console().print(render_terminal(built))
+    folder = study_key(document.name, document.hash)
+    print(
+        f"table.json, table.csv, table.md and report.html are in {store.address.rstrip('/')}/{folder}", file=sys.stderr
+    )
+    return built
+
+
+def _leave_by(built: Table) -> None:
+    if not built.is_complete:
+        raise CellsMissing("the table is written, but cells are missing: 'kallm status' names them")
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    return OutOfMemory(f"out of memory: lower train.micro_batch or train.length ({str(error).splitlines()[0]:.120})")
+
+
+def _tell(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"kallm: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

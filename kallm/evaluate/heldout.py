@@ -1,0 +1,126 @@
+"""Cross-entropy on held-out conversations, each alone, on all tokens but the first.
+
+Legend: T tokens, D width of the residual stream, V vocabulary, N rows.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from kallm.data.packing import encode
+from kallm.errors import WrongConfiguration
+from kallm.evaluate.suites import Context, Evaluation, HeldoutSettings, Progress, Subject
+from kallm.model.trunk import HiddenCache, Passage
+from kallm.results.record import Score
+
+__all__ = ["HeldoutText", "compute_logits", "compute_states", "needs_chat_template", "precision", "prepare"]
+
+_ROWS = 256
+"""Rows of logits at a time: [256, V] in fp32 are 50 MB for a vocabulary of 49,152."""
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """Tokenised conversations and the trunk's output for them.
+
+    Attributes:
+        num_bytes: length of the scored text in UTF-8.
+    """
+
+    ids: list[str]
+    num_bytes: list[int]
+    cache: HiddenCache
+
+    @property
+    def num_items(self) -> int:
+        """How many conversations are scored."""
+        return len(self.ids)
+
+    def score(self, subject: Subject, progress: Progress, stop: Callable[[], None]) -> Evaluation:
+        """Score one subject."""
+        items = []
+        for index, (name, num_bytes) in enumerate(zip(self.ids, self.num_bytes, strict=True)):
+            stop()
+            passage = self.cache.passages[index]
+            states = compute_states(subject, passage, self.cache[index])
+            nll = _sum_nll(subject, states[:-1], passage.input_ids[1:])
+            items.append({"id": name, "tokens": len(passage.input_ids) - 1, "bytes": num_bytes, "nll": nll})
+            progress.advance(1)
+        return Evaluation(_summarise(items), {}, items)
+
+
+def prepare(settings: HeldoutSettings, context: Context) -> HeldoutText:
+    """Tokenise the held-out conversations; those of fewer than two tokens are left out, for they hold nothing to score.
+
+    Raises:
+        WrongConfiguration: there are no conversations, or the tokenizer has no chat template.
+    """
+    needs_chat_template(context.tokenizer, "heldout")
+    ids, num_bytes, passages = [], [], []
+    for conversation in context.heldout:
+        tokens = encode(context.tokenizer, conversation)[: settings.max_tokens]
+        if len(tokens) > 1:
+            ids.append(conversation.id)
+            num_bytes.append(len(context.tokenizer.decode(tokens[1:]).encode()))
+            passages.append(Passage(torch.tensor(tokens), torch.arange(len(tokens))))
+    if not ids:
+        raise WrongConfiguration("the suite 'heldout' needs held-out conversations, but the dialogues have none")
+    return HeldoutText(ids, num_bytes, HiddenCache(context.trunk, passages, context.folder, context.model_name))
+
+
+def needs_chat_template(tokenizer: object, suite: str) -> None:
+    """Raise WrongConfiguration where a tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise WrongConfiguration(
+            f"the suite '{suite}' needs a tokenizer with a chat template, but this model's has none: "
+            "take the instruction-tuned model, or leave the suite out"
+        )
+
+
+def precision(subject: Subject) -> AbstractContextManager[object]:
+    """Return the context in which a subject computes: autocast where the trunk is narrower than the tail's weights."""
+    weight = subject.tail.head.weight
+    if subject.model.dtype == weight.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, dtype=subject.model.dtype)
+
+
+def compute_states(subject: Subject, passage: Passage, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    """Return the tail's normalised last hidden states for one passage, [T, D], from the trunk's output."""
+    device = subject.tail.head.weight.device
+    mask = None if passage.mask is None else passage.mask[None].to(device)
+    with precision(subject):
+        states: Tensor = subject.tail(hidden[None].to(device), passage.position_ids[None].to(device), mask)
+    return states[0]
+
+
+def compute_logits(subject: Subject, states: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """Return fp32 logits, [N, V]."""
+    with precision(subject):
+        logits: Tensor = subject.tail.head(states)
+    return logits.float()
+
+
+def _sum_nll(subject: Subject, states: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> float:
+    """Return the summed negative log-likelihood in nats; the logits of a whole conversation are never held at once."""
+    total = 0.0
+    for rows, wanted in zip(torch.split(states, _ROWS), torch.split(targets.to(states.device), _ROWS), strict=True):
+        nll = F.cross_entropy(compute_logits(subject, rows), wanted, reduction="none")
+        total += float(nll.double().sum())
+    return total
+
+
+def _summarise(items: list[dict[str, object]]) -> dict[str, Score]:
+    nll, tokens, num_bytes = (sum(item[key] for item in items) for key in ("nll", "tokens", "bytes"))  # type: ignore[misc]
+    return {
+        "cross_entropy": Score(value=nll / tokens, unit="nats/token", n=tokens),
+        "perplexity": Score(value=math.exp(nll / tokens), unit="per token", n=tokens),
+        "bits_per_byte": Score(value=nll / math.log(2) / num_bytes, unit="bits/byte", n=num_bytes),
+    }

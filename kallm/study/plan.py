@@ -1,0 +1,203 @@
+"""From a study to its cells: identities, counts and what it will cost. Imports no torch, loads no weights."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from kallm.data.dialogues import identify_dialogues
+from kallm.errors import WrongConfiguration
+from kallm.evaluate.suites import SuiteSettings
+from kallm.model.sources import ModelFacts, look_up_model
+from kallm.results.record import CellEntry, Parameters, StudyDocument, SuiteEntry
+from kallm.study.study import Study, Variant
+
+__all__ = ["NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan"]
+
+NUMERICS = 1
+"""Counts up when the code changes a trained weight: cells trained before keep their own keys."""
+
+_HASH_LENGTH = 12
+_DEMONSTRATION_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant and one seed under one recipe: the unit that is trained, evaluated, retried and skipped."""
+
+    name: str
+    """The variant's name."""
+    variant: Variant
+    seed: int | None
+    identity: dict[str, Any]
+    """All that can change a trained weight."""
+    parameters: Parameters
+
+    @property
+    def hash(self) -> str:
+        """Hash of the identity."""
+        return _hash(self.identity)
+
+    @property
+    def id(self) -> str:
+        """``<variant>.seed-<n>.<hash>``, or ``<variant>.<hash>`` for a cell that is not trained."""
+        return f"{self.label}.{self.hash}"
+
+    @property
+    def label(self) -> str:
+        """The id without its hash, for people."""
+        return self.name if self.seed is None else f"{self.name}.seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with its sources resolved and its cells named."""
+
+    study: Study
+    model: ModelFacts
+    num_tail_blocks: int
+    dialogues: str
+    """The dialogues' source with its revision resolved."""
+    dialogues_identity: str
+    cells: tuple[Cell, ...]
+    suites: dict[str, SuiteSettings]
+    """By suite id, ``<name>.<hash>``."""
+    document: StudyDocument
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan will cost at most; floating-point operations count multiply and add apart."""
+
+    trained_tokens: int
+    flops: float
+    stored_bytes: int
+    running_bytes: int
+
+    def hours(self, tflops: float) -> float:
+        """Return the hours at a sustained rate in TFLOP/s."""
+        return self.flops / (tflops * 1e12) / 3600
+
+
+def make_plan(study: Study) -> Plan:
+    """Resolve a study's sources and derive its cells.
+
+    Raises:
+        WrongConfiguration: a source does not exist or is out of reach, or the tail is longer than the model.
+    """
+    model = look_up_model(study.model)
+    num_tail_blocks = model.num_blocks if study.tail == "all" else study.tail
+    if num_tail_blocks > model.num_blocks:
+        raise WrongConfiguration(
+            f"tail: {num_tail_blocks} blocks are more than the {model.num_blocks} of {study.model}; lower tail"
+        )
+    source, identity = identify_dialogues(study.dialogues.source)
+    cells = tuple(
+        _cell(study, model, num_tail_blocks, identity, name, seed)
+        for name, variant in study.variants.items()
+        for seed in (study.seeds if variant.trained else (None,))
+    )
+    suites = {
+        f"{name}.{_hash(settings.identity(dialogues=identity, heldout=study.dialogues.heldout))}": settings
+        for name, settings in study.suites.items()
+    }
+    document = _document(study, model, cells, suites, {"model": model.identity, "dialogues": identity})
+    return Plan(study, model, num_tail_blocks, source, identity, cells, suites, document)
+
+
+def estimate_cost(plan: Plan, cells: tuple[Cell, ...]) -> Cost:
+    """Estimate training alone: the trunk once over the corpus, each tail forward and backward over its tokens."""
+    recipe, trained = plan.study.train, [cell for cell in cells if cell.variant.trained]
+    tokens = recipe.tokens * recipe.epochs
+    trunk = sum(plan.model.blocks[: plan.model.num_blocks - plan.num_tail_blocks])
+    tails = [cell.parameters.trainable for cell in trained]
+    return Cost(
+        trained_tokens=tokens * len(trained),
+        flops=(2.0 * trunk * recipe.tokens if trained else 0.0) + 6.0 * tokens * sum(tails),
+        stored_bytes=4 * sum(tails),
+        running_bytes=2 * 12 * max(tails, default=0),
+    )
+
+
+def _cell(study: Study, model: ModelFacts, num_tail_blocks: int, dialogues: str, name: str, seed: int | None) -> Cell:
+    variant, recipe = study.variants[name], study.train
+    identity: dict[str, Any] = {
+        "numerics": NUMERICS,
+        "model": model.identity,
+        "spec": variant.spec.model_dump(mode="json"),
+        "precision": recipe.precision,
+        "trained": variant.trained,
+    }
+    if variant.trained:
+        identity |= {
+            "tail": num_tail_blocks,
+            "head": study.head,
+            "trainable": study.trainable,
+            "start": study.start,
+            "seed": seed,
+            "dialogues": dialogues,
+            "train": recipe.model_dump(mode="json", exclude={"checkpoint_s"}),
+        }
+    return Cell(name, variant, seed, identity, _count(study, model, num_tail_blocks, name))
+
+
+def _count(study: Study, model: ModelFacts, num_tail_blocks: int, name: str) -> Parameters:
+    """Count trainable, stored and FFN parameters of a variant."""
+    spec, tail = study.variants[name].spec, slice(model.num_blocks - num_tail_blocks, None)
+    pretrained = sum(model.ffns[tail])
+    ffn = pretrained
+    if spec.ffn != "pretrained":
+        ffn = num_tail_blocks * spec.parameters(model.width, model.ffn_hidden)
+    if not study.variants[name].trained:
+        return Parameters(trainable=0, stored=model.total, ffn=ffn)
+    whole_tail = sum(model.blocks[tail]) - pretrained + ffn + model.other
+    trainable = {"ffn": ffn, "tail": whole_tail, "tail+head": whole_tail + model.head}[study.trainable]
+    untied = model.head if model.tied and study.trainable == "tail+head" else 0
+    return Parameters(trainable=trainable, stored=model.total - pretrained + ffn + untied, ffn=ffn)
+
+
+def _document(
+    study: Study,
+    model: ModelFacts,
+    cells: tuple[Cell, ...],
+    suites: dict[str, SuiteSettings],
+    sources: dict[str, str],
+) -> StudyDocument:
+    recipe = study.train
+    steps = recipe.epochs * -(-recipe.tokens // (recipe.length * recipe.batch))
+    notes = list(study.notes)
+    if recipe.tokens * recipe.epochs < _DEMONSTRATION_TOKENS:
+        notes.insert(0, f"a demonstration budget: {recipe.tokens * recipe.epochs:,} training tokens a cell")
+    if model.note:
+        notes.append(model.note)
+    entries = [
+        CellEntry(
+            id=cell.id,
+            variant=cell.name,
+            seed=cell.seed,
+            trained=cell.variant.trained,
+            parameters=cell.parameters,
+            tokens=recipe.tokens * recipe.epochs if cell.variant.trained else 0,
+            steps=steps if cell.variant.trained else 0,
+        )
+        for cell in cells
+    ]
+    contrasts = [pair for pair in study.statistics.contrasts if set(pair) <= set(study.variants)]
+    settings = study.model_dump(mode="json")
+    return StudyDocument(
+        name=study.name,
+        hash=_hash(
+            {"study": settings, "sources": sources, "cells": [entry.id for entry in entries], "suites": [*suites]}
+        ),
+        study=settings | {"sources": sources},
+        cells=entries,
+        suites=[SuiteEntry(id=key, name=key.rpartition(".")[0], description=suites[key].description) for key in suites],
+        margin_nats=study.statistics.margin_nats,
+        contrasts=contrasts,
+        notes=notes,
+    )
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]
