@@ -9,13 +9,15 @@ from typing import Annotated
 
 import click
 import typer
+from rich.console import Console
 
 from kallm.errors import CellsMissing, Diverged, ExitCode, KallmError, OutOfMemory, WrongConfiguration, did_you_mean
 from kallm.progress import Reporter, Stop, format_duration
 from kallm.results.record import StudyDocument, read_record, study_key
-from kallm.results.render import render_terminal
+from kallm.results.render import render_latex, render_rich
 from kallm.results.status import read_status, render_status
-from kallm.results.table import Table, build_table, write_table
+from kallm.results.table import Table, build_table, is_complete, write_table
+from kallm.run.finished import is_finished
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan, estimate_cost, make_plan
@@ -120,8 +122,6 @@ def plan(
     planned = make_plan(read_study(study, set_))
     cells = planned.cells
     if unfinished:
-        from kallm.run.finished import is_finished
-
         opened = open_store(store)
         cells = tuple(c for c in cells if not is_finished(opened, c, list(planned.suites)))
     cost = estimate_cost(planned, cells)
@@ -151,7 +151,7 @@ def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOp
     """  # fmt: skip
     opened = open_store(store)
     document = _document(opened, study, set_)
-    Reporter().console.print(render_status(read_status(opened, document, now=time.time())))
+    Console().print(render_status(read_status(opened, document, now=time.time())))
 
 
 @app.command()
@@ -226,13 +226,9 @@ def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False)
     write_table(store, document, built)
     write_report(store, document, built)
     if latex:
-        from kallm.results.render import render_latex
-
         print(render_latex(built))
     else:
-        from rich.console import Console
-
-        Console().print(render_terminal(built))
+        Console().print(render_rich(built))
     folder = study_key(document.name, document.hash)
     print(
         f"table.json, table.csv, table.md and report.html are in {store.address.rstrip('/')}/{folder}", file=sys.stderr
@@ -241,7 +237,7 @@ def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False)
 
 
 def _leave_by(built: Table) -> None:
-    if not built.is_complete:
+    if not is_complete(built):
         raise CellsMissing("the table is written, but cells are missing: 'kallm status' names them")
 
 

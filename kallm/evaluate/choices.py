@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from kallm.data.bbh import TASKS, BBHItem
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.heldout import compute_logits, compute_states
+from kallm.evaluate.score import Score
 from kallm.evaluate.suites import BBHChoiceSettings, Context, Evaluation, Progress, Subject
 from kallm.model.trunk import HiddenCache, Passage
-from kallm.results.record import Score
 
 __all__ = ["Choices", "Tree", "build_tree", "encode_pair", "prepare", "prompt_of", "summarise"]
 

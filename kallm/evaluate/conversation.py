@@ -17,9 +17,9 @@ from kallm.errors import OutOfMemory
 from kallm.evaluate.choices import summarise
 from kallm.evaluate.heldout import needs_chat_template, precision
 from kallm.evaluate.parse import is_correct, parse_answer
+from kallm.evaluate.score import Score
 from kallm.evaluate.suites import BBHChatSettings, Context, Evaluation, Progress, Subject
 from kallm.model.trunk import assembled
-from kallm.results.record import Score
 
 __all__ = ["Conversations", "ask", "generate_replies", "prepare"]
 

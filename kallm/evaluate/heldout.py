@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from kallm.data.packing import encode
 from kallm.errors import WrongConfiguration
+from kallm.evaluate.score import Score
 from kallm.evaluate.suites import Context, Evaluation, HeldoutSettings, Progress, Subject
 from kallm.model.trunk import HiddenCache, Passage
-from kallm.results.record import Score
 
 __all__ = ["HeldoutText", "compute_logits", "compute_states", "needs_chat_template", "precision", "prepare"]
 

@@ -5,6 +5,7 @@ of a model (tokens, and a cache of the trunk's output) and then scores one subje
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -20,7 +21,8 @@ from kallm.data.bbh import SUBSETS, TASKS, BBHItem, content_hash, load_bbh
 from kallm.data.dialogues import Conversation
 from kallm.errors import did_you_mean
 from kallm.evaluate.parse import Normaliser
-from kallm.results.record import Score
+from kallm.evaluate.score import Score
+from kallm.model.sources import reach_hub
 
 if TYPE_CHECKING:
     import transformers
@@ -150,9 +152,10 @@ class HeldoutSettings(SuiteSettings):
 
 
 class _BBHSettings(SuiteSettings):
-    without_effect = frozenset({"source", "subset"})  # the items' hash stands for both
+    without_effect = frozenset({"source", "subset", "per_task"})  # the items' hash stands for both
     source: str = Field("exemplars", description="exemplars, hub:ORG/NAME[@revision] or a folder of the official files")
     subset: str = Field("all", description="all, leaderboard-24 or dialogue-11")
+    per_task: int | None = Field(None, gt=0, description="ask only the first so many items of each task")
 
     @field_validator("subset")
     @classmethod
@@ -168,18 +171,26 @@ class _BBHSettings(SuiteSettings):
             WrongConfiguration: the source is unknown or out of reach.
             DataMismatch: a file is not the official one.
         """
-        return load_bbh(self.source, subset=self.subset)[0]
+        return [item for item in _load_items(self.source, self.subset) if self._asks(item)]
 
     def content(self, *, dialogues: str, heldout: int) -> str:
-        """Return a hash of the data that is scored."""
+        """Return a hash of the data that is scored; for the hub its commit, so that a plan downloads nothing."""
+        if self.source.startswith("hub:"):
+            return f"{_hub_commit(self.source)} {self.subset} {self.per_task}"
         return content_hash(self.load())
 
+    def _asks(self, item: BBHItem) -> bool:
+        return self.per_task is None or item.index < self.per_task
+
     def _describe(self, how: str) -> str:
+        if self.source.startswith("hub:"):
+            return f"BIG-Bench Hard {how}: {self.subset} ({self.source}, commit {_hub_commit(self.source)[:12]})"
         items = self.load()
         outside = sum(not item.answerable for item in items)
         odd = f"; {outside} official answers are no option and count as wrong" if outside else ""
+        kind = "exemplars" if self.source == "exemplars" else "items"
         num_tasks = len({item.task for item in items})
-        return f"BIG-Bench Hard {how}: {self.subset}, {len(items):,} items of {num_tasks} tasks ({self.source}){odd}"
+        return f"BIG-Bench Hard {how}: {self.subset}, {len(items):,} {kind} of {num_tasks} tasks{odd}"
 
 
 class BBHChoiceSettings(_BBHSettings):
@@ -201,7 +212,7 @@ class BBHChatSettings(_BBHSettings):
     """BIG-Bench Hard by conversation: a greedy reply, from which the answer is read."""
 
     numerics = 1
-    without_effect = frozenset({"source", "subset", "batch_size"})
+    without_effect = frozenset({"source", "subset", "per_task", "batch_size"})
     max_new_tokens: int = Field(16, gt=0, description="longest reply; 64 holds every official answer, 16 most of them")
     normaliser: Normaliser = Field(
         "kallm", description="kallm reads the answer's form; published compares whole replies"
@@ -251,6 +262,17 @@ class Suite:
 
         with torch.no_grad(), _resting(subject.tail):
             return prepared.score(subject, progress, stop)
+
+
+@functools.cache
+def _load_items(source: str, subset: str) -> tuple[BBHItem, ...]:
+    return tuple(load_bbh(source, subset=subset)[0])
+
+
+@functools.cache
+def _hub_commit(source: str) -> str:
+    commit: str = reach_hub(source.removeprefix("hub:"), "dataset").sha
+    return commit
 
 
 @contextlib.contextmanager

@@ -6,9 +6,17 @@ from torch import Tensor, nn
 
 from kallm.errors import WrongConfiguration
 
-__all__ = ["NUM_ASSUMED_ROWS", "assumed_inputs", "deviation", "draw_", "rescaled", "root_mean_square"]
+__all__ = [
+    "_ASSUMED_ROWS",
+    "assumed_inputs",
+    "deviation",
+    "draw_",
+    "require_variation",
+    "rescaled",
+    "root_mean_square",
+]
 
-NUM_ASSUMED_ROWS = 2048
+_ASSUMED_ROWS = 2048
 """Rows of unit normal inputs that stand for real ones where there are none."""
 
 
@@ -17,22 +25,26 @@ def assumed_inputs(
 ) -> Float[Tensor, "N D"]:
     """Return the inputs in float32 on the device; unit normal ones where there are none."""
     if inputs is None:
-        inputs = torch.randn(NUM_ASSUMED_ROWS, width, generator=generator)
+        inputs = torch.randn(_ASSUMED_ROWS, width, generator=generator)
     return inputs.to(device, torch.float32)
 
 
 def deviation(values: Float[Tensor, "N D"]) -> float:
-    """Return the standard deviation over rows and channels, each channel's mean removed.
+    """Return the standard deviation over rows and channels, each channel's mean removed."""
+    return float((values - values.mean(dim=0)).square().mean().sqrt())
+
+
+def require_variation(inputs: Float[Tensor, "N D"]) -> None:
+    """Refuse inputs that nothing can be calibrated on.
 
     Raises:
-        WrongConfiguration: it is zero or not finite.
+        WrongConfiguration: the inputs are constant, or not finite.
     """
-    found = float((values - values.mean(dim=0)).square().mean().sqrt())
+    found = deviation(inputs)
     if not 0 < found < float("inf"):
         raise WrongConfiguration(
-            f"calibration needs at least 2 different rows of finite inputs, but {len(values)} rows deviate by {found}"
+            f"calibration needs at least 2 different rows of finite inputs, but {len(inputs)} rows deviate by {found}"
         )
-    return found
 
 
 def root_mean_square(values: Float[Tensor, "N D"]) -> Float[Tensor, " D"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kallm.errors import WrongConfiguration, did_you_mean
-from kallm.kan.calibration import assumed_inputs, deviation, draw_
+from kallm.kan.calibration import assumed_inputs, deviation, draw_, require_variation
 from kallm.kan.linear import KANLinear
 from kallm.kan.rational import Rational
 from kallm.kan.spec import FFNSpec, KANSpec, KATSpec, MLPSpec, SwiGLUSpec
@@ -45,6 +45,7 @@ class FFN(nn.Module, ABC):
         """
         device = next(self.parameters(), torch.empty(0)).device
         rows = assumed_inputs(inputs, width=self.width, generator=generator, device=device)
+        require_variation(rows)
         self._draw(rows, deviation(rows), generator)
 
     @abstractmethod

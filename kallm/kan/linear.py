@@ -13,15 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kallm.kan.bases import Basis, build_basis
-from kallm.kan.calibration import rescaled, root_mean_square
+from kallm.kan.bases import build_basis
+from kallm.kan.basis import Basis, Blocks
+from kallm.kan.calibration import require_variation, rescaled, root_mean_square
 from kallm.kan.layerspec import LayerSpec
 from kallm.kan.squashes import SQUASHES, Squashing
 
 __all__ = ["KANLinear"]
 
-_CACHED_ELEMENTS = {"cpu": 2**17}
-_DEVICE_ELEMENTS = 2**26
+_CHUNK_ELEMENTS = {"cpu": 2**18}
+_OTHER_CHUNK_ELEMENTS = 2**26
 
 
 class KANLinear(nn.Module):
@@ -98,12 +99,14 @@ class KANLinear(nn.Module):
             WrongConfiguration: the inputs are constant.
         """
         inputs = inputs.to(self.linear.weight.device, torch.float32)
+        require_variation(inputs)
         spread = torch.cat([inputs.new_full((b.stop - b.start,), b.squash.spread) for b in self._branches])
         self.scale.copy_(spread / root_mean_square(inputs))
         functions = _functions(inputs, self.scale, torch.zeros_like(self.mean), self._branches, torch.float32)
         self.mean.copy_(functions.mean(dim=0))
+        functions -= self.mean.float()
         drawn = torch.randn(self.out_features, functions.shape[1], generator=generator).to(inputs.device)
-        weight, outputs = rescaled(drawn, (functions - self.mean) @ drawn.T, deviation)
+        weight, outputs = rescaled(drawn, functions @ drawn.T, deviation)
         self.linear.weight.zero_()
         self.linear.weight[:, self._num_constants :] = weight.to(self.linear.weight.dtype)
         if self.linear.bias is not None:
@@ -125,11 +128,30 @@ class _Branch:
     stop: int
     column: int
 
-    def blocks(self, table: Float[Tensor, "*n F"]) -> Iterator[Float[Tensor, "*n d"]]:
-        """Yield the K blocks of this branch's columns."""
+    def write(self, table: Float[Tensor, "n F"], values: Blocks, mean: Float[Tensor, " F"]) -> None:
+        """Write the centred values into this branch's columns of the table."""
+        blocks, centres = self._blocks(table), self._blocks(mean[None])
+        if isinstance(values, Tensor):
+            blocks.copy_(values - centres)
+            return
+        for value, block, centre in zip(values, blocks, centres, strict=True):
+            block.copy_(value - centre)
+
+    def pull_back(self, pulled: Float[Tensor, "n F"], slopes: Blocks) -> Float[Tensor, "n d"]:
+        """Return the sum of the functions' gradients times their slopes."""
+        blocks = self._blocks(pulled)
+        if isinstance(slopes, Tensor):
+            return (slopes * blocks).sum(dim=0)
+        total = slopes[0] * blocks[0].to(slopes[0].dtype)
+        for slope, block in zip(slopes[1:], blocks[1:], strict=True):
+            total = torch.addcmul(total, slope, block.to(slope.dtype))
+        return total
+
+    def _blocks(self, table: Float[Tensor, "n F"]) -> Float[Tensor, "K n d"]:
+        """Return this branch's columns, function by function."""
         width = self.stop - self.start
-        for k in range(self.basis.size):
-            yield table[..., self.column + k * width : self.column + (k + 1) * width]
+        own = table[:, self.column : self.column + self.basis.size * width]
+        return own.view(-1, self.basis.size, width).transpose(0, 1)
 
 
 def _branches(layer: LayerSpec, in_features: int) -> Iterator[_Branch]:
@@ -165,14 +187,14 @@ class _Recomputed(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_scale = None
         if needs_x or needs_scale:
             pulled = grad @ weight.to(ctx.dtype)
-            grad_x, grad_scale, functions = _pull_back(x, scale, mean, ctx.branches, pulled)
+            grad_x, grad_scale, functions = _pull_back(x, scale, mean, ctx.branches, pulled, needs_scale)
         elif needs_weight:
             functions = _functions(x, scale, mean, ctx.branches, ctx.dtype)
         if needs_weight:
             grad_weight = (grad.T @ functions).to(weight.dtype)
         if needs_bias:
             grad_bias = grad.sum(dim=0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_scale if needs_scale else None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_scale, None, None, None
 
 
 def _functions(
@@ -188,9 +210,9 @@ def _functions(
     table = x.new_empty((x.shape[0], mean.shape[0]), dtype=dtype)
     for rows in _row_slices(x, mean.shape[0]):
         for branch in branches:
-            z = x[rows, branch.start : branch.stop].to(inner) * scale[branch.start : branch.stop]
-            values = branch.basis.values(branch.squash.value(z))
-            _write(branch, table[rows], values, mean)
+            own = slice(branch.start, branch.stop)
+            values = branch.basis.values(branch.squash.value(x[rows, own] * scale[own]))
+            branch.write(table[rows], values, mean)
     return table
 
 
@@ -200,7 +222,8 @@ def _pull_back(
     mean: Float[Tensor, " F"],
     branches: tuple[_Branch, ...],
     pulled: Float[Tensor, "N F"],
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, " D"], Float[Tensor, "N F"]]:
+    needs_scale: bool,
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, " D"] | None, Float[Tensor, "N F"]]:
     """Return the gradients of x and scale for the functions' gradient ``pulled``, and the functions again."""
     inner, scale_dtype = _inner(x), scale.dtype
     scale, mean = scale.to(inner), mean.to(inner)
@@ -208,24 +231,15 @@ def _pull_back(
     for rows in _row_slices(x, mean.shape[0]):
         for branch in branches:
             own = slice(branch.start, branch.stop)
-            inputs = x[rows, own].to(inner)
-            z = inputs * scale[own]
+            z = x[rows, own] * scale[own]
             t = branch.squash.value(z)
-            values = branch.basis.values(t)
-            _write(branch, table[rows], values, mean)
-            grad_t = torch.zeros_like(t)
-            for slope, block in zip(branch.basis.slopes(t, values), branch.blocks(pulled[rows]), strict=True):
-                grad_t = torch.addcmul(grad_t, slope, block.to(inner))
-            outer = branch.squash.slope(z, t)
-            grad_z = grad_t if outer is None else grad_t * outer
-            grad_x[rows, own] = (grad_z * scale[own]).to(x.dtype)
-            grad_scale[own] += (grad_z * inputs).sum(dim=0)
-    return grad_x, grad_scale.to(scale_dtype), table
-
-
-def _write(branch: _Branch, table: Float[Tensor, "n F"], values: Any, mean: Float[Tensor, " F"]) -> None:
-    for value, block, centre in zip(values, branch.blocks(table), branch.blocks(mean), strict=True):
-        block.copy_(value - centre)
+            values, slopes = branch.basis.with_slopes(t)
+            branch.write(table[rows], values, mean)
+            grad_z = branch.squash.pull_back(z, t, branch.pull_back(pulled[rows], slopes))
+            grad_x[rows, own] = grad_z * scale[own]
+            if needs_scale:
+                grad_scale[own] += (grad_z * x[rows, own]).sum(dim=0)
+    return grad_x, grad_scale.to(scale_dtype) if needs_scale else None, table
 
 
 def _inner(x: Tensor) -> torch.dtype:
@@ -237,6 +251,6 @@ def _row_slices(x: Float[Tensor, "N D"], num_columns: int) -> Iterator[slice]:
     if torch.compiler.is_compiling():
         yield slice(None)
         return
-    step = max(1, _CACHED_ELEMENTS.get(x.device.type, _DEVICE_ELEMENTS) // max(num_columns, 1))
+    step = max(1, _CHUNK_ELEMENTS.get(x.device.type, _OTHER_CHUNK_ELEMENTS) // max(num_columns, 1))
     for start in range(0, x.shape[0], step):
         yield slice(start, start + step)

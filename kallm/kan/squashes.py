@@ -11,8 +11,6 @@ from kallm.kan.layerspec import Squash
 
 __all__ = ["SQUASHES", "Squashing"]
 
-_Slope = Callable[[Float[Tensor, "... D"], Float[Tensor, "... D"]], Tensor | None]
-
 
 @dataclass(frozen=True)
 class Squashing:
@@ -20,12 +18,12 @@ class Squashing:
 
     Attributes:
         value: t for z.
-        slope: dt/dz for (z, t), finite everywhere; None stands for 1.
+        pull_back: the gradient of z for (z, t, gradient of t), finite everywhere.
         spread: the root mean square of z that calibration aims at, so that t fills [-1, 1].
     """
 
-    value: Callable[[Float[Tensor, "... D"]], Float[Tensor, "... D"]]
-    slope: _Slope
+    value: Callable[[Tensor], Tensor]
+    pull_back: Callable[[Tensor, Tensor, Tensor], Tensor]
     spread: float
 
 
@@ -33,33 +31,13 @@ def _algebraic(z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return z * torch.rsqrt(1 + z * z)
 
 
-def _tanh_slope(z: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Tensor:
-    return 1 - t * t
-
-
-def _algebraic_slope(z: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Tensor:
-    return torch.rsqrt(1 + z * z).pow(3)
-
-
 def _clamp(z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return z.clamp(-1, 1)
 
 
-def _clamp_slope(z: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Tensor:
-    return (z == t).to(z.dtype)
-
-
-def _same(z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    return z
-
-
-def _same_slope(z: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> None:
-    return None
-
-
 SQUASHES: dict[Squash, Squashing] = {
-    "tanh": Squashing(torch.tanh, _tanh_slope, 1.0),
-    "algebraic": Squashing(_algebraic, _algebraic_slope, 1.0),
-    "clamp": Squashing(_clamp, _clamp_slope, 0.5),
-    "none": Squashing(_same, _same_slope, 0.5),
+    "tanh": Squashing(torch.tanh, lambda z, t, grad: torch.addcmul(grad, grad * t, t, value=-1), spread=1.0),
+    "algebraic": Squashing(_algebraic, lambda z, t, grad: grad * torch.rsqrt(1 + z * z).pow(3), spread=1.0),
+    "clamp": Squashing(_clamp, lambda z, t, grad: grad * (z == t), spread=0.5),
+    "none": Squashing(lambda z: z, lambda z, t, grad: grad, spread=0.5),
 }

@@ -83,8 +83,8 @@ class Tail(nn.Module):
         self.body = copy.deepcopy(body)
         for index, block in enumerate(getattr(self.body, blocks_name(base))):
             _set_layer_index(block, index)
-        head = model.get_output_embeddings()
-        self.head = copy.deepcopy(head)
+        self.head = copy.deepcopy(model.get_output_embeddings())
+        self.requires_grad_(True)
         self._prefixes = _whole_names(model)
 
     @property

@@ -29,7 +29,7 @@ def format_number(value: float, decimals: int, *, signed: bool = False) -> str:
 
 def format_score(value: float, column: Column, half: float | None = None) -> str:
     """Return one figure of a column, in percent where the column is a share."""
-    scale = 100 if column.percent else 1
+    scale = 100.0 if column.percent else 1.0
     decimals = count_decimals(value * scale, half * scale if half else None)
     return format_number(value * scale, min(decimals, 1) if column.percent and not half else decimals)
 
@@ -39,7 +39,7 @@ def format_estimate(estimate: Estimate, column: Column) -> str:
     mean = format_score(estimate.mean, column, estimate.half)
     if estimate.half is None:
         return mean
-    scale = 100 if column.percent else 1
+    scale = 100.0 if column.percent else 1.0
     decimals = count_decimals(estimate.mean * scale, estimate.half * scale)
     return f"{mean} ± {format_number(estimate.half * scale, decimals)}"
 

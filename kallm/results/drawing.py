@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kallm.results.schema import Estimate, Reference, Table
 
@@ -43,7 +44,7 @@ _WIDTH = 5.2
 _OUTLIER = 2.5
 """A value is shown at the edge, with an arrow, if leaving it out shrinks the span by this factor."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -71,11 +72,12 @@ STYLE: dict[str, Any] = {
 def make_axes(
     num_rows: int, *, row_height: float = 0.27, extra: float = 0.75, listed: bool = True
 ) -> tuple[Figure, Axes]:
-    """Return a figure for ``num_rows`` rows from the top down, or (``listed=False``) for plain x and y of that height."""
+    """Return a figure for rows from the top down, or (``listed=False``) for plain x and y of that height."""
     figure = Figure(figsize=(_WIDTH, num_rows * row_height + extra), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(axis="x" if listed else "y")
     axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if listed:
         axes.set_ylim(num_rows - 0.4, -0.6)
     return figure, axes
@@ -114,7 +116,7 @@ def limit(axes: Axes, spans: Sequence[tuple[float, float]], keep: Iterable[float
     axes.set_xlim(low - pad, high + pad)
 
 
-def draw_estimate(axes: Axes, place: float, found: Estimate, colour: str, scale: float, marker: str = "o") -> None:
+def draw_estimate(axes: Axes, place: int, found: Estimate, colour: str, scale: float, marker: str = "o") -> None:
     """Draw a mean with its interval, the seeds as small strokes, or an arrow at the edge where it lies outside."""
     low, high = axes.get_xlim()
     mean = scale * found.mean

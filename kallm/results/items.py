@@ -153,7 +153,7 @@ def _check_scores(record: EvaluationRecord, answers: Answers) -> None:
         told = record.scores.get(name)
         if told is None:
             continue
-        found = float(find_score(values, answers.weights, answers.strata))
+        found = float(find_score(values[None], answers.weights, answers.strata)[0])
         scale = 100 if told.unit == "%" else 1
         if abs(told.value - scale * found) > TOLERANCE * scale * max(1.0, abs(found)):
             raise DataMismatch(f"{answers.where} names {name} {told.value:.6g}, but its items give {scale * found:.6g}")

@@ -78,7 +78,7 @@ def plot_scores(table: Table, column: Column) -> str | None:
     rows = [row for row in table.rows if column.key in row.scores]
     if not rows:
         return None
-    scale = 100 if column.percent else 1
+    scale = 100.0 if column.percent else 1.0
     figure, axes = make_axes(len(rows))
     references = [each for each in table.references if column.key in each.scores and each.name != "empty reply"]
     estimates = [row.scores[column.key] for row in rows]
@@ -95,7 +95,7 @@ def plot_scores(table: Table, column: Column) -> str | None:
 
 @mpl.rc_context(STYLE)
 def plot_curves(table: Table, trainings: Mapping[str, TrainingRecord]) -> str | None:
-    """Draw the training loss over steps: every seed thin, the mean over seeds on top; the first tenth may be cut."""
+    """Draw the training loss over steps: every seed thin, the mean over seeds on top; the first fifth may be cut."""
     histories: dict[str, list[dict[int, float]]] = {}
     for cell in table.cells:
         if cell.id in trainings and trainings[cell.id].loss_history:
@@ -108,7 +108,7 @@ def plot_curves(table: Table, trainings: Mapping[str, TrainingRecord]) -> str | 
         colour = find_colour(table, variant)
         for history in seeds:
             axes.plot([*history], [*history.values()], color=colour, linewidth=0.6, alpha=0.35)
-            late += [loss for step, loss in history.items() if step > 0.1 * max(history)]
+            late += [loss for step, loss in history.items() if step > 0.2 * max(history)]
         steps = sorted(set.intersection(*map(set, seeds)))
         means = [sum(history[step] for history in seeds) / len(seeds) for step in steps]
         axes.plot(steps, means, color=colour, linewidth=1.6, label=variant)
@@ -127,7 +127,7 @@ def plot_parameters(table: Table, column: Column) -> str | None:
     rows = [row for row in table.rows if row.trained and column.key in row.scores]
     if not rows:
         return None
-    scale = 100 if column.percent else 1
+    scale = 100.0 if column.percent else 1.0
     figure, axes = make_axes(11, listed=False)
     points = [(row.parameters.trainable / 1e6, scale * row.scores[column.key].mean, row.variant) for row in rows]
     for row, (x, y, name) in zip(rows, points, strict=True):
@@ -162,11 +162,11 @@ def plot_tasks(table: Table, column: Column) -> str | None:
         shift = 0.64 * ((index + 0.5) / len(rows) - 0.5)
         colour, found = find_colour(table, row.variant), row.tasks[column.key]
         points = [(found[task], place + shift) for place, task in enumerate(tasks) if task in found]
-        for each, place in points:
+        for each, height in points:
             if len(rows) <= _MOST_INTERVALS and each.items:
                 low, high = find_wilson(each.mean, each.items)
-                axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=0.7, alpha=0.55)
-        marks = [100 * each.mean for each, _ in points], [place for _, place in points]
+                axes.plot([100 * low, 100 * high], [height, height], color=colour, linewidth=0.7, alpha=0.55)
+        marks = [100 * each.mean for each, _ in points], [height for _, height in points]
         axes.plot(*marks, find_marker(table, row.variant), color=colour, markersize=3.4, label=row.variant)
     axes.set_xlim(-2, 102)
     axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=7.5)

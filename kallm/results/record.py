@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kallm.errors import DataMismatch
+from kallm.evaluate.score import Score
 from kallm.store.store import Store
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "EvaluationRecord",
     "Items",
     "Parameters",
-    "Score",
     "StudyDocument",
     "SuiteEntry",
     "TrainingRecord",
@@ -81,14 +81,6 @@ class StudyDocument(_Frozen):
     margin_nats: float
     contrasts: list[tuple[str, str]]
     notes: list[str]
-
-
-class Score(_Frozen):
-    """One figure; ``n`` is the number of items (or tokens, for cross-entropy) behind it."""
-
-    value: float
-    unit: str
-    n: int
 
 
 class TrainingRecord(_Frozen):

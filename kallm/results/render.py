@@ -13,11 +13,22 @@ from kallm.progress import format_duration
 from kallm.results.digits import format_bytes, format_count, format_estimate, format_score
 from kallm.results.schema import Column, Contrast, Reference, Row, Table
 
-__all__ = ["DAGGER", "NOTHING", "describe_column", "render_csv", "render_latex", "render_markdown", "render_rich"]
+__all__ = [
+    "COSTS",
+    "DAGGER",
+    "NOTHING",
+    "describe_column",
+    "render_csv",
+    "render_latex",
+    "render_markdown",
+    "render_rich",
+    "tell_seeds",
+]
 
 NOTHING = "–"
 DAGGER = "†"
 _SHORT = {"cross_entropy": "nats/token", "acc": "acc %", "acc_norm": "norm %", "parse_failures": "unread %"}
+_MOST_COLUMNS = 4
 _VERDICT_STYLES = {"different": "bold", "equivalent": "bold", "not distinguished": "", "no data": "dim"}
 
 
@@ -30,14 +41,14 @@ def describe_column(column: Column) -> str:
 
 def render_markdown(table: Table) -> str:
     """Return the whole table as GitHub markdown."""
-    head = ["variant", "seeds", *map(describe_column, table.columns), *_COSTS]
+    head = ["variant", "seeds", *map(describe_column, table.columns), *COSTS]
     lines = [f"# {table.name}", "", table.headline, "", _pipe(head), _pipe(["---", *["---:"] * (len(head) - 1)])]
     for row in table.rows:
         scores = [_tell_score(row, column) for column in table.columns]
-        lines.append(_pipe([f"**{row.variant}**", _tell_seeds(row), *scores, *(tell(row) for tell in _COSTS.values())]))
+        lines.append(_pipe([f"**{row.variant}**", tell_seeds(row), *scores, *(tell(row) for tell in COSTS.values())]))
     for reference in table.references:
         scores = [_tell_reference(reference, column) for column in table.columns]
-        lines.append(_pipe([f"_{reference.name}_", "", *scores, *[""] * len(_COSTS)]))
+        lines.append(_pipe([f"_{reference.name}_", "", *scores, *[""] * len(COSTS)]))
     lines += ["", "## Contrasts", "", *_list_contrasts(table)]
     lines += ["", "## Notes", "", *(f"- {note}" for note in table.notes)]
     lines += ["", "## Cells", "", _pipe(["cell", "state", "", "commit", "device"]), _pipe(["---"] * 5)]
@@ -89,7 +100,7 @@ def render_latex(table: Table) -> str:
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule", _ampersand(head), "\\midrule"]
     for row in table.rows:
         scores = (_tell_score(row, column) for column in columns)
-        lines.append(_ampersand([row.variant, _tell_seeds(row), _count(row.parameters.trainable), *scores]))
+        lines.append(_ampersand([row.variant, tell_seeds(row), _count(row.parameters.trainable), *scores]))
     if table.references:
         lines.append("\\midrule")
     for reference in table.references:
@@ -98,8 +109,8 @@ def render_latex(table: Table) -> str:
 
 
 def render_rich(table: Table) -> RenderableType:
-    """Return the lead columns, the contrasts and the notes for a terminal of 100 columns or more."""
-    columns = [column for column in table.columns if column.lead]
+    """Return the first lead columns, the contrasts and the notes for a terminal of 100 columns or more."""
+    columns = [column for column in table.columns if column.lead][:_MOST_COLUMNS]
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     grid.add_column("variant", no_wrap=True)
     grid.add_column("seeds", justify="right", no_wrap=True)
@@ -110,7 +121,7 @@ def render_rich(table: Table) -> RenderableType:
     for row in table.rows:
         scores = (_tell_score(row, column) for column in columns)
         style = "" if row.seeds_done == row.seeds_planned else "yellow"
-        seeds = Text(_tell_seeds(row), style=style)
+        seeds = Text(tell_seeds(row), style=style)
         grid.add_row(row.variant, seeds, *scores, _count(row.parameters.trainable), _tell_time(row))
     for index, reference in enumerate(table.references):
         if index == 0:
@@ -137,7 +148,7 @@ def _tell_reference(reference: Reference, column: Column) -> str:
     return "" if value is None else format_score(value, column)
 
 
-def _tell_seeds(row: Row) -> str:
+def tell_seeds(row: Row) -> str:
     if not row.trained:
         return NOTHING if row.seeds_done else "missing"
     return f"{row.seeds_done}/{row.seeds_planned}"
@@ -159,7 +170,7 @@ def _count(count: int) -> str:
     return format_count(count) if count else "0"
 
 
-_COSTS: dict[str, Callable[[Row], str]] = {
+COSTS: dict[str, Callable[[Row], str]] = {
     "trainable": lambda row: _count(row.parameters.trainable),
     "stored": lambda row: _count(row.parameters.stored),
     "FFN": lambda row: _count(row.parameters.ffn),

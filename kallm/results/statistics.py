@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy import stats
 from scipy.optimize import brentq
+from scipy.special import ndtri, stdtrit
 
 __all__ = [
     "CONFIDENCE",
@@ -35,7 +35,8 @@ CONFIDENCE = 0.95
 POWER = 0.8
 ALPHA = 1 - CONFIDENCE
 NUM_FLIPS = 9_999
-_SMALLEST_P = 1e-300
+_SMALLEST_P = 1e-30
+"""SciPy's quantiles of Student's t turn to minus infinity at far smaller probabilities."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Variance:
         parts = ((self.seeds, self.seed_df), (self.items, self.item_df))
         live = [(part, df) for part, df in parts if part > 0 and df > 0]
         total = sum(part for part, _ in live)
-        return sum(part * float(stats.t.isf(probability, df)) for part, df in live) / total
+        return sum(part * float(-stdtrit(df, probability)) for part, df in live) / total
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ def find_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     if len(values) == 1:
         return Interval(mean, None, 1)
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error, len(values))
+    return Interval(mean, float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * error, len(values))
 
 
 def find_score(
-    values: Float[ndarray, "*S I"], weights: Float[ndarray, " I"], strata: Int[ndarray, " I"]
-) -> Float[ndarray, "*S"]:
+    values: Float[ndarray, "S I"], weights: Float[ndarray, " I"], strata: Int[ndarray, " I"]
+) -> Float[ndarray, " S"]:
     """Return the mean over strata of the weighted mean over items, for every seed."""
     return (values * _shares(weights, strata)).sum(-1)
 
@@ -139,13 +140,16 @@ def find_components(
     """
     num_seeds, num_items = values.shape
     shares = _shares(weights, strata)
-    distances = _center(values, weights, strata) * shares
+    _, index, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    factors = (counts / np.maximum(counts - 1, 1))[index]
+    means = np.stack([np.bincount(index, shares * row) for row in values]) * len(counts)
+    distances = (values - means[:, index]) * shares
     over_seeds = distances.mean(0)
-    item = _sum_squares(over_seeds, strata)
-    item_df = num_items - len(np.unique(strata))
+    item = float((over_seeds**2 * factors).sum())
+    item_df = num_items - len(counts)
     if num_seeds == 1:
         return Variance(0.0, item, 0, item_df)
-    rest = _sum_squares(distances - over_seeds, strata) / (num_seeds * (num_seeds - 1))
+    rest = float(((distances - over_seeds) ** 2 * factors).sum()) / (num_seeds * (num_seeds - 1))
     seed = float(np.var((values * shares).sum(-1), ddof=1)) / num_seeds
     return Variance(seed, max(item - rest, 0.0), num_seeds - 1, item_df)
 
@@ -220,7 +224,7 @@ def flip_signs(
 
 def find_wilson(rate: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return Wilson's score interval of a rate out of ``n``; a mean over seeds may be no whole count of items."""
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(ndtri((1 + confidence) / 2))
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return max(middle - half, 0.0), min(middle + half, 1.0)
@@ -241,19 +245,3 @@ def _shares(weights: Float[ndarray, " I"], strata: Int[ndarray, " I"]) -> Float[
     _, index = np.unique(strata, return_inverse=True)
     totals = np.bincount(index, weights)
     return weights / (totals[index] * len(totals))
-
-
-def _center(
-    values: Float[ndarray, "S I"], weights: Float[ndarray, " I"], strata: Int[ndarray, " I"]
-) -> Float[ndarray, "S I"]:
-    """Take from every item its stratum's weighted mean of that seed."""
-    _, index = np.unique(strata, return_inverse=True)
-    totals = np.bincount(index, weights)
-    means = np.stack([np.bincount(index, weights * row) / totals for row in values])
-    return values - means[:, index]
-
-
-def _sum_squares(distances: Float[ndarray, "*S I"], strata: Int[ndarray, " I"]) -> float:
-    _, index, counts = np.unique(strata, return_inverse=True, return_counts=True)
-    factors = counts / np.maximum(counts - 1, 1)
-    return float((distances**2 * factors[index]).sum())

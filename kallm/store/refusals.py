@@ -44,11 +44,13 @@ _SETTINGS = {
     "IllegalLocationConstraintException": f"the region is another one; {_REGION}",
     "InvalidBucketName": "the server takes no bucket of that name; name an existing bucket",
     "MethodNotAllowed": "the endpoint takes no such request; set AWS_ENDPOINT_URL_S3 to the S3 address of the server",
+    "ObjectParentIsFile": "a part of the key is an object itself; use another prefix",
     "NoSuchBucket": "there is no such bucket; make it, or name an existing one",
     "PermanentRedirect": f"the bucket lives in another region; {_REGION}",
 }
 
 _SERVER = {
+    "ConditionalRequestConflict": "another write was under way every time; try again later",
     "InsufficientStorage": "the server is full; free some space there, or use another store",
     "InternalError": "the server failed; try again later",
     "QuotaExceeded": "the quota is used up; free some space there, or ask for more",
@@ -85,7 +87,9 @@ def explain_silence(error: BotoCoreError, place: str, *, inside_cell: bool) -> K
     name = type(error).__name__
     endpoint = "see that AWS_ENDPOINT_URL_S3 is right and that the server runs"
     match error:
-        case NoCredentialsError() | PartialCredentialsError() | ProfileNotFound():
+        case ProfileNotFound():
+            return WrongConfiguration(f"{place}: no such profile of credentials; set AWS_PROFILE anew or unset it")
+        case NoCredentialsError() | PartialCredentialsError():
             return _refused(f"{place}: no credentials, or only a part; {_KEYS}", inside_cell)
         case ParamValidationError():
             return WrongConfiguration(f"{place}: S3 takes no such bucket or key; choose another name")

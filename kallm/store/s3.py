@@ -49,9 +49,8 @@ class S3Settings(BaseModel):
         url = urlsplit(endpoint or "http://aws")
         if url.username or url.password:
             raise ValueError("holds credentials; take them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        if url.scheme not in ("http", "https") or not re.fullmatch(
-            r"[\w.-]+(:\d+)?|\[[\da-fA-F:]+\](:\d+)?", url.netloc
-        ):
+        host = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?", url.netloc)
+        if url.scheme not in ("http", "https") or host is None:
             raise ValueError(f"is no address of a server: expected http://host:port or https://host, not {endpoint!r}")
         return endpoint
 
@@ -143,14 +142,13 @@ class S3Store:
                 except ClientError as error:
                     if _status(error) == 412:
                         return self._stands(key, data)
-                    if _status(error) != 409:
+                    # 409: another conditional write of the key is under way, and either may win
+                    if _status(error) != 409 or attempt + 1 == self._attempts:
                         raise
                     _pause(attempt)
                 else:
                     return True
-        raise StorageUnavailable(
-            f"{self._place(key)}: {self._attempts} writes in a row met another one under way (409); try again later"
-        )
+        raise AssertionError
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield the objects whose key starts with ``prefix``, sorted by key."""

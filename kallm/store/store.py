@@ -22,7 +22,7 @@ class Entry:
 
 @runtime_checkable
 class Store(Protocol):
-    """Seven methods; keys are relative, with ``/`` between parts.
+    """Seven methods; keys are relative, with ``/`` between parts, and no object's key is a folder in another's.
 
     Every method raises ``StorageUnavailable`` when the store does not answer, is full, or refuses access.
     """

@@ -78,14 +78,11 @@ def _trainable(tail: Tail) -> list[str]:
 
 
 def _weights(tail: Tail) -> dict[str, Tensor]:
-    """Return what differs between cells: trained parameters, and the replaced FFNs' buffers."""
-    found = {tail.whole_name(name): value for name, value in tail.named_parameters() if value.requires_grad}
-    found |= {tail.whole_name(name): value for name, value in _ffn_buffers(tail).items()}
-    return {name: value.detach().cpu().contiguous() for name, value in found.items()}
-
-
-def _ffn_buffers(tail: Tail) -> dict[str, Tensor]:
-    return {name: value for name, value in tail.named_buffers() if name in tail.state_dict()}
+    """Return what differs between cells: trained parameters, and the buffers that a state dict keeps."""
+    kept = tail.state_dict()
+    found: dict[str, Tensor] = {name: value for name, value in tail.named_buffers() if name in kept}
+    found |= {name: value for name, value in tail.named_parameters() if value.requires_grad}
+    return {tail.whole_name(name): value.detach().cpu().contiguous() for name, value in found.items()}
 
 
 def _put_weights(tail: Tail, loaded: dict[str, Tensor], place: str) -> None:
@@ -93,11 +90,10 @@ def _put_weights(tail: Tail, loaded: dict[str, Tensor], place: str) -> None:
     if loaded.keys() != expected.keys():
         wrong = sorted(loaded.keys() ^ expected.keys())
         raise DataMismatch(f"{place} holds other tensors than this cell has: {', '.join(wrong[:3])}")
-    own: dict[str, Tensor] = {tail.whole_name(name): value for name, value in tail.named_parameters()}
-    own |= {tail.whole_name(name): value for name, value in tail.named_buffers()}
+    own = {tail.whole_name(name): value for name, value in tail.state_dict().items()}
     for name, value in loaded.items():
         if own[name].shape != value.shape:
             raise DataMismatch(
                 f"{place}: {name} was expected to be {list(own[name].shape)}, but is {list(value.shape)}"
             )
-        own[name].data.copy_(value)
+        own[name].copy_(value)

@@ -1,0 +1,38 @@
+"""The schedule and the order of the rows."""
+
+import pytest
+from pydantic import ValidationError
+
+from kallm.train.recipe import Recipe
+
+
+def test_the_learning_rate_is_transformers_cosine_with_warmup() -> None:
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    recipe, num_steps = Recipe(tokens=1, lr=0.3, warmup=0.1), 40
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 4, num_steps)
+    for step in range(num_steps):
+        expected = scheduler.get_last_lr()[0] if step >= 4 else 0.3 * (step + 1) / 4  # ours starts above zero
+        assert recipe.lr_at(step, num_steps) == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8])
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(num_rows: int) -> None:
+    recipe = Recipe(tokens=1, epochs=2, batch=3)
+    steps = recipe.num_steps(num_rows)
+    assert steps == 2 * -(-num_rows // 3)
+    rows = [recipe.rows_of(step, num_rows, seed=5) for step in range(steps)]
+    for epoch in (rows[: steps // 2], rows[steps // 2 :]):
+        assert sorted(index for batch in epoch for index in batch) == list(range(num_rows))
+    if num_rows > 5:
+        assert rows[: steps // 2] != rows[steps // 2 :]
+        assert rows[0] != recipe.rows_of(0, num_rows, seed=6)
+
+
+def test_a_budget_of_zero_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        Recipe(tokens=0)

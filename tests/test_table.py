@@ -1,0 +1,311 @@
+import csv
+import io
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+from studies import NOW, RECEIPT, TASKS, SyntheticStudy, beat, end_attempt, start_attempt
+
+from kallm.errors import DataMismatch
+from kallm.results.items import find_references
+from kallm.results.record import EvaluationRecord, cell_key, evaluation_key, read_items, read_record
+from kallm.results.render import render_csv, render_latex, render_markdown, render_rich
+from kallm.results.schema import Table
+from kallm.results.table import build_table, is_complete, write_table
+from kallm.store.local import FolderStore
+
+SMALL = SyntheticStudy(variants=("baseline", "kan", "linear"), contrasts=(("kan", "linear"),), num_items=12)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FolderStore(tmp_path)
+
+
+def row_of(table, variant):
+    return next(row for row in table.rows if row.variant == variant)
+
+
+def cell_of(table, variant, seed):
+    return next(cell for cell in table.cells if (cell.variant, cell.seed) == (variant, seed))
+
+
+def record_of(store, study, variant, seed, suite):
+    suite_id = next(each.id for each in study.document.suites if each.name == suite)
+    return read_record(store, EvaluationRecord, evaluation_key(study.entry(variant, seed).id, suite_id))
+
+
+def test_a_full_table_leads_with_cross_entropy_and_is_complete(store):
+    table = build_table(store, SMALL.fill(store))
+    assert is_complete(table)
+    assert table.columns[0].key == "heldout.cross_entropy"
+    assert [row.variant for row in table.rows] == ["baseline", "kan", "linear"]
+    assert [contrast.role for contrast in table.contrasts] == [
+        "declared",
+        "secondary",
+        "secondary",
+        *["exploratory"] * 2,
+    ]
+    assert {cell.state for cell in table.cells} == {"done"}
+
+
+def test_a_rows_figures_are_scipys_interval_over_the_records(store):
+    table = build_table(store, SMALL.fill(store))
+    for key, suite, score in (
+        ("heldout.cross_entropy", "heldout", "cross_entropy"),
+        ("bbh-chat.acc", "bbh-chat", "acc"),
+    ):
+        values = [record_of(store, SMALL, "kan", seed, suite).scores[score].value for seed in SMALL.seeds]
+        found = row_of(table, "kan").scores[key]
+        assert found.mean == pytest.approx(np.mean(values))
+        assert found.half == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(values), rel=1e-6)
+    assert row_of(table, "baseline").scores["heldout.cross_entropy"].half is None
+
+
+def test_the_declared_difference_is_the_mean_of_the_paired_differences(store):
+    table = build_table(store, SMALL.fill(store))
+    losses = {
+        variant: [record_of(store, SMALL, variant, s, "heldout").scores["cross_entropy"].value for s in SMALL.seeds]
+        for variant in ("kan", "linear")
+    }
+    declared = table.contrasts[0]
+    assert declared.difference == pytest.approx(np.mean(losses["kan"]) - np.mean(losses["linear"]))
+    assert (declared.seeds, declared.items, declared.p_adjusted) == ([0, 1, 2], 12, None)
+    assert declared.text.startswith(f"kan – linear: {declared.verdict}: difference ")
+    assert "smallest detectable" in declared.text
+
+
+def test_a_large_effect_is_different_and_none_is_equivalent(store):
+    study = SyntheticStudy(
+        variants=("kan", "linear", "swiglu-768"),
+        effects={"linear": 0.2},
+        seed_spread=0.0002,
+        num_items=200,
+        suites=("heldout",),
+    )
+    verdicts = {contrast.right: contrast.verdict for contrast in build_table(store, study.fill(store)).contrasts[:2]}
+    assert verdicts == {"swiglu-768": "equivalent", "linear": "different"}
+
+
+def test_a_baseline_without_a_seed_pairs_with_every_seed(store):
+    table = build_table(store, SMALL.fill(store))
+    found = next(contrast for contrast in table.contrasts if (contrast.left, contrast.right) == ("baseline", "kan"))
+    assert (found.seeds, found.verdict, found.role) == ([0, 1, 2], "different", "exploratory")
+    assert found.p_adjusted >= found.p
+
+
+def test_references_are_counted_by_hand():
+    items = [
+        {"id": "1", "task": "a", "gold": 0, "choice": 0, "num_options": 2, "options": ["True", "False"]},
+        {"id": "2", "task": "a", "gold": 1, "choice": 0, "num_options": 2, "options": ["True", "False"]},
+        {"id": "3", "task": "a", "gold": 1, "choice": 0, "num_options": 2, "options": ["True", "False"]},
+        {"id": "4", "task": "a", "gold": -1, "choice": 0, "num_options": 2, "options": ["True", "False"]},
+        {"id": "5", "task": "b", "gold": 0, "choice": 0, "num_options": 4, "options": ["(A)", "(B)", "(C)", "(D)"]},
+    ]
+    assert find_references(items) == {"chance": {"a": 3 / 8, "b": 1 / 4}, "majority": {"a": 2 / 4, "b": 1.0}}
+    replies = [
+        {"id": str(i), "task": "sorting", "gold": gold, "status": "empty", "num_options": 0}
+        for i, gold in enumerate(["a b", "a b", "c d", ""])
+    ]
+    found = find_references(replies)
+    assert found == {"chance": {"sorting": 0.0}, "majority": {"sorting": 0.5}, "empty reply": {"sorting": 0.25}}
+
+
+def test_the_table_shows_chance_as_the_mean_over_tasks(store):
+    table = build_table(store, SMALL.fill(store))
+    chance = next(reference for reference in table.references if reference.name == "chance")
+    assert chance.scores["bbh-chat.acc"] == pytest.approx(np.mean([1 / n if n else 0 for n in TASKS.values()]))
+    assert "heldout.cross_entropy" not in chance.scores
+
+
+def test_unfinished_cells_are_shown_with_their_state(store):
+    study = SyntheticStudy(variants=("kan", "linear"), seeds=tuple(range(7)), num_items=6, suites=("heldout",))
+    document = study.fill(store, skip=tuple(("kan", seed) for seed in range(1, 7)))
+    kan = [study.entry("kan", seed) for seed in range(7)]
+    study.train(store, kan[1])
+    study.train(store, kan[2], outcome="diverged", cause="loss is not a number at step 40")
+    start_attempt(store, kan[3], "a", NOW)
+    start_attempt(store, kan[4], "b", NOW - 5000)
+    beat(store, kan[4], "b", NOW - 4000)
+    start_attempt(store, kan[5], "c", NOW - 900)
+    end_attempt(store, kan[5], "c", NOW - 800, 6, "out of memory: lower train.batch")
+    table = build_table(store, document)
+    assert [cell.state for cell in table.cells if cell.variant == "kan"] == [
+        "done", "trained", "diverged", "running", "stale", "failed", "missing",
+    ]  # fmt: skip
+    assert (row_of(table, "kan").seeds_done, row_of(table, "kan").seeds_planned) == (1, 7)
+    assert not is_complete(table)
+    shown = render_markdown(table)
+    assert "out of memory: lower train.batch" in shown
+    assert "loss is not a number at step 40" in shown
+    assert "8 of 14 cells done" in table.headline
+
+
+def test_a_diverged_cell_is_an_end(store):
+    document = SMALL.fill(store, skip=(("kan", 1),))
+    SMALL.train(store, SMALL.entry("kan", 1), outcome="diverged", cause="nan", weights={})
+    table = build_table(store, document)
+    assert is_complete(table)
+    assert any("kan, seed 1, diverged: nan" in note for note in table.notes)
+    assert table.contrasts[0].seeds == [0, 2]
+
+
+def test_an_empty_store_gives_a_table_of_missing_cells(store):
+    table = build_table(store, SMALL.document)
+    assert {cell.state for cell in table.cells} == {"missing"}
+    assert [contrast.verdict for contrast in table.contrasts] == ["no data"]
+    for render in (render_markdown, render_csv, render_latex):
+        assert "kan" in render(table)
+
+
+def test_one_seed_has_no_interval_anywhere(store):
+    study = SyntheticStudy(
+        variants=("baseline", "kan", "linear"), seeds=(3,), num_items=12, contrasts=(("kan", "linear"),)
+    )
+    table = build_table(store, study.fill(store))
+    assert all(each.half is None for row in table.rows for each in row.scores.values())
+    assert "one seed, so no interval" in table.contrasts[0].text
+    assert {contrast.verdict for contrast in table.contrasts} == {"not distinguished"}
+
+
+def test_another_number_of_items_is_a_mismatch(store):
+    document = SMALL.fill(store)
+    entry = SMALL.entry("kan", 1)
+    SMALL.evaluate(store, entry, "heldout", SMALL.make_items(entry, "heldout")[:-1])
+    with pytest.raises(DataMismatch, match=r"has 12 items, .* has 11"):
+        build_table(store, document)
+
+
+def test_other_questions_are_a_mismatch(store):
+    document = SMALL.fill(store)
+    entry = SMALL.entry("linear", 2)
+    items = SMALL.make_items(entry, "bbh-choice")
+    items[5]["num_options"] += 1
+    SMALL.evaluate(store, entry, "bbh-choice", items)
+    with pytest.raises(DataMismatch, match="differs between"):
+        build_table(store, document)
+
+
+def test_a_score_that_its_items_do_not_give_is_a_mismatch(store):
+    document = SMALL.fill(store)
+    record = record_of(store, SMALL, "kan", 0, "heldout")
+    worse = record.scores["cross_entropy"].model_copy(update={"value": 1.0})
+    changed = record.model_copy(update={"scores": {**record.scores, "cross_entropy": worse}})
+    store.put(evaluation_key(record.cell, record.suite), changed.to_bytes())
+    with pytest.raises(DataMismatch, match="names cross_entropy 1, but its items give"):
+        build_table(store, document)
+
+
+def test_an_evaluation_of_other_weights_is_a_mismatch(store):
+    document = SMALL.fill(store)
+    SMALL.train(store, SMALL.entry("kan", 0), weights={"manifest": "m", "sha256": "f" * 64})
+    with pytest.raises(DataMismatch, match="scored weights"):
+        build_table(store, document)
+
+
+def test_changed_items_are_a_mismatch(store):
+    document = SMALL.fill(store)
+    record = record_of(store, SMALL, "kan", 0, "bbh-chat")
+    store.put(record.items["key"], b"other")
+    with pytest.raises(DataMismatch, match="another hash"):
+        build_table(store, document)
+
+
+def test_pairs_from_other_hardware_precision_or_code_are_flagged(store):
+    document = SMALL.fill(store)
+    other = {
+        "code": {"commit": "f" * 40, "dirty": True},
+        "hardware": {**RECEIPT["hardware"], "device": "cuda"},
+        "precision": "bfloat16",
+    }
+    for seed in SMALL.seeds:
+        SMALL.train(store, SMALL.entry("linear", seed), receipt={**RECEIPT, **other})
+    flags = build_table(store, document).contrasts[0].flags
+    assert [flag.split(":")[0] for flag in flags] == [
+        "precision differs", "device differs", "code differs", "code with uncommitted changes",
+    ]  # fmt: skip
+
+
+def test_any_other_suite_is_shown_as_it_is(store):
+    study = SyntheticStudy(variants=("kan",), suites=("heldout",), contrasts=(), num_items=6)
+    document = study.fill(store)
+    suite = {"id": "hellaswag.1", "name": "hellaswag", "description": ""}
+    extended = type(document).model_validate(
+        {**document.model_dump(), "suites": [*document.model_dump()["suites"], suite]}
+    )
+    for seed in study.seeds:
+        record = record_of(store, study, "kan", seed, "heldout")
+        scores = {"exact_match,none": {"value": 0.25, "unit": "", "n": 8}}
+        told = record.model_dump() | {"suite": "hellaswag.1", "scores": scores, "items": {}}
+        other = EvaluationRecord.model_validate(told)
+        store.put(evaluation_key(record.cell, "hellaswag.1"), other.to_bytes())
+    found = row_of(build_table(store, extended), "kan").scores["hellaswag.exact_match,none"]
+    assert (found.mean, found.half) == (0.25, 0.0)
+
+
+def test_writing_twice_changes_nothing(store):
+    document = SMALL.fill(store)
+    keys = write_table(store, document, build_table(store, document))
+    assert sorted(key.rpartition("/")[2] for key in keys) == ["table.csv", "table.json", "table.md"]
+    before = {entry.key: entry.modified for entry in store.list()}
+    assert write_table(store, document, build_table(store, document)) == []
+    assert {entry.key: entry.modified for entry in store.list()} == before
+
+
+def test_the_table_survives_its_json(store):
+    table = build_table(store, SMALL.fill(store))
+    again = Table.model_validate_json(table.to_bytes())
+    assert again.to_bytes() == table.to_bytes()
+    assert render_markdown(again) == render_markdown(table)
+    json.loads(table.to_bytes())
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.randoms(use_true_random=False), st.lists(st.binary(max_size=20), max_size=4))
+def test_order_of_writing_and_junk_change_no_byte(shuffler: random.Random, junk):
+    study = SyntheticStudy(variants=("kan", "linear"), num_items=6, seeds=(0, 1), contrasts=(("kan", "linear"),))
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        one, other = FolderStore(Path(first)), FolderStore(Path(second))
+        document = study.fill(one)
+        objects = [(entry.key, one.get(entry.key)) for entry in one.list()]
+        shuffler.shuffle(objects)
+        for key, data in objects:
+            other.put(key, data)
+        for index, data in enumerate(junk):
+            cell = shuffler.choice(document.cells).id
+            folder = shuffler.choice(["attempts", "evaluations", "logs", "metrics", "checkpoints"])
+            other.put(cell_key(cell, folder, f"junk-{index}.start.json"), data)
+        assert build_table(other, document).to_bytes() == build_table(one, document).to_bytes()
+
+
+def test_the_terminal_rendering_fits_100_columns(store):
+    table = build_table(store, SMALL.fill(store))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render_rich(table))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert "majority" in text
+
+
+def test_csv_holds_the_unrounded_figures(store):
+    table = build_table(store, SMALL.fill(store))
+    lines = list(csv.DictReader(io.StringIO(render_csv(table))))
+    kan = next(line for line in lines if line["name"] == "kan")
+    assert float(kan["heldout.cross_entropy"]) == row_of(table, "kan").scores["heldout.cross_entropy"].mean
+    assert [line["name"] for line in lines if line["kind"] == "reference"] == ["chance", "majority", "empty reply"]
+
+
+def test_receipts_name_every_record_by_its_hash(store):
+    table = build_table(store, SMALL.fill(store))
+    cell = cell_of(table, "kan", 0)
+    assert len(cell.records) == 4
+    assert (cell.commit, cell.device, cell.precision) == (RECEIPT["code"]["commit"], "cpu", "float32")
+    assert read_items(store, record_of(store, SMALL, "kan", 0, "bbh-chat"))

@@ -1,0 +1,104 @@
+"""Trunk and tail against the whole model."""
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from kallm.errors import WrongConfiguration
+from kallm.model.trunk import HiddenCache, Passage, assembled, split
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "max_position_embeddings": 128,
+}
+ARCHITECTURES = {
+    "llama": lambda: make_model(vocab_size=99),
+    "qwen2": lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, num_key_value_heads=2)),
+    "qwen2 with sliding windows": lambda: AutoModelForCausalLM.from_config(
+        Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=3)
+    ),
+    "qwen3": lambda: AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)),
+    "mistral": lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, num_key_value_heads=2)),
+    "gpt-neox": lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES)),
+}
+
+
+def packed(lengths: list[int], vocabulary: int = 99) -> Passage:
+    ids = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    return Passage(ids, torch.cat([torch.arange(length) for length in lengths]))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("num_tail_blocks", [2, 5])
+def test_trunk_and_tail_equal_the_whole_model_bitwise(name: str, num_tail_blocks: int) -> None:
+    model = ARCHITECTURES[name]().eval()
+    trunk, tail = split(model, num_tail_blocks)
+    passage = packed([5, 9])
+    with torch.no_grad():
+        whole = model(passage.input_ids[None], position_ids=passage.position_ids[None], use_cache=False).logits
+        parts = tail.head(tail.eval()(trunk(passage)[None], passage.position_ids[None]))
+    assert torch.equal(whole, parts)
+
+
+def test_the_real_model_splits_bitwise(real_model) -> None:
+    trunk, tail = split(real_model, 5)
+    passage = packed([20, 13], vocabulary=49152)
+    with torch.no_grad():
+        whole = real_model(passage.input_ids[None], position_ids=passage.position_ids[None], use_cache=False).logits
+        parts = tail.head(tail.eval()(trunk(passage)[None], passage.position_ids[None]))
+    assert torch.equal(whole, parts)
+    assert sum(parameter.numel() for parameter in tail.parameters()) == 46_012_608
+
+
+def test_a_tail_put_into_the_whole_model_generates_what_the_whole_model_generates() -> None:
+    model = make_model()
+    _, tail = split(model, 2)
+    prompt = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(2))
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 2}
+    expected = model.generate(prompt, **settings)
+    before = dict(model.named_parameters())
+    with assembled(model, tail) as whole:
+        assert torch.equal(whole.generate(prompt, **settings), expected)
+    assert {name: id(value) for name, value in model.named_parameters()} == {n: id(v) for n, v in before.items()}
+
+
+def test_training_a_tail_moves_neither_trunk_nor_embedding() -> None:
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trunk, tail = split(model, 2)
+    passage = packed([8], vocabulary=259)
+    optimizer = torch.optim.SGD(tail.parameters(), lr=0.1)
+    tail.head(tail(trunk(passage)[None], passage.position_ids[None])).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(tail.head.weight, model.lm_head.weight)
+
+
+def test_whole_names_are_the_names_in_the_whole_model() -> None:
+    model = make_model(tie_word_embeddings=False)
+    _, tail = split(model, 2)
+    whole = dict(model.named_parameters())
+    for name, value in tail.named_parameters():
+        assert torch.equal(value, whole[tail.whole_name(name)])
+
+
+def test_the_cache_gives_the_trunks_output_and_runs_it_once(tmp_path) -> None:
+    trunk, _ = split(make_model(), 2)
+    passages = [packed([5, 3], 259), packed([11], 259)]
+    first = HiddenCache(trunk, passages, tmp_path, "m")
+    values = [first[index] for index in range(2)]
+    assert torch.equal(values[1], trunk(passages[1]))
+    again = HiddenCache(trunk, passages, tmp_path, "m")
+    assert again.num_missing() == 0
+    assert all(torch.equal(again[index], values[index]) for index in range(2))
+    assert HiddenCache(trunk, passages, tmp_path, "another model").num_missing() == 2
+
+
+def test_a_tail_longer_than_the_model_is_refused() -> None:
+    with pytest.raises(WrongConfiguration, match="a tail of 6 blocks is longer than the model, which has 5"):
+        split(make_model(), 6)
