@@ -7,7 +7,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 
@@ -44,6 +43,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override one field, e.g. train.lr=0.0005 or seeds=[0]; repeatable")
 ]
 DEFAULT_STORE = "kallm-store"
+_PLAIN_WIDTH = 120
 
 
 @app.callback()
@@ -151,7 +151,7 @@ def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOp
     """  # fmt: skip
     opened = open_store(store)
     document = _document(opened, study, set_)
-    Console().print(render_status(read_status(opened, document, now=time.time())))
+    _console().print(render_status(read_status(opened, document, now=time.time())))
 
 
 @app.command()
@@ -175,20 +175,16 @@ def main() -> None:
     """Run the program and leave with a code of ``errors.py``."""
     debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = ExitCode.WRONG_CONFIGURATION
-    except click.Abort:
-        code = ExitCode.PREEMPTED
+        app()
+        code = ExitCode.DONE
     except KallmError as error:
-        code = _tell(error, error.code, debug)
+        code = _tell(error, error.code, debug=debug)
     except MemoryError as error:
-        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug)
+        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug)
+        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
     sys.exit(code)
 
 
@@ -228,12 +224,17 @@ def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False)
     if latex:
         print(render_latex(built))
     else:
-        Console().print(render_rich(built))
+        _console().print(render_rich(built))
     folder = study_key(document.name, document.hash)
     print(
         f"table.json, table.csv, table.md and report.html are in {store.address.rstrip('/')}/{folder}", file=sys.stderr
     )
     return built
+
+
+def _console() -> Console:
+    """Return standard output, wide enough for a table where it is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
 
 
 def _leave_by(built: Table) -> None:
@@ -245,7 +246,7 @@ def _out_of_memory(error: Exception) -> OutOfMemory:
     return OutOfMemory(f"out of memory: lower train.micro_batch or train.length ({str(error).splitlines()[0]:.120})")
 
 
-def _tell(error: Exception, code: int, debug: bool) -> int:
+def _tell(error: Exception, code: ExitCode, *, debug: bool) -> ExitCode:
     if debug:
         traceback.print_exception(error)
     print(f"kallm: {error}", file=sys.stderr)

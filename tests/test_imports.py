@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "kallm"
 ROOMS = [
-    "errors", "store", "progress", "receipt", "kan", "model", "data", "train", "evaluate", "results", "study", "run", "cli",
+    "errors", "store", "progress", "receipt", "kan", "model", "data", "train", "evaluate", "results", "study", "run",
+    "cli",
 ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ def load_dialogues(source: str) -> Dialogues:
         return _load_chitchat(package_file(name, ".json")[0])
     import datasets
 
+    datasets.disable_progress_bars()
     if kind == "hub":
         repository, _, revision = name.partition("@")
         found = datasets.load_dataset(repository, revision=revision)

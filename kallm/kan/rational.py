@@ -23,8 +23,8 @@ INITIAL: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 class Rational(nn.Module):
     """F(x) = (a_0 + a_1 x + … + a_5 x⁵) / (1 + |b_1 x + … + b_4 x⁴|), on the real line, about linear in the tails.
 
-    All groups share the numerator, each has its own denominator (Yang and Wang 2025, Kolmogorov-Arnold Transformer,
-    eq. 8). The absolute value is of the whole sum: coefficients fitted to 1 + Σ |b_j| |x|ʲ would give another function.
+    All groups share the numerator, each has its own denominator (Yang and Wang 2025, Kolmogorov-Arnold Transformer).
+    The absolute value is of the whole sum: coefficients fitted to 1 + Σ |b_j| |x|ʲ would give another function.
     Input and output [... D] have the same dtype; float32 inside; backward keeps the input alone.
 
     Args:

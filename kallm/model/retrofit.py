@@ -49,11 +49,25 @@ class Report:
         for replacement in self.replacements:
             _put(self.model, replacement.name, replacement.before)
 
+    @property
+    def _counts(self) -> list[tuple[str, int, int]]:
+        return [(r.name, _count(r.before), _count(r.after)) for r in self.replacements]
+
+    @property
+    def _total(self) -> tuple[str, int, int]:
+        return "all", sum(before for _, before, _ in self._counts), sum(after for _, _, after in self._counts)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many FFNs, and their parameters before and after."""
+        if not self.replacements:
+            return "the pretrained FFNs stay"
+        _, before, after = self._total
+        return f"{len(self.replacements)} FFNs of {before:,} parameters replaced by {after:,}"
+
     def __str__(self) -> str:
-        lines = [f"{'FFN':40s} {'before':>12s} {'after':>12s}"]
-        counts = [(r.name, _count(r.before), _count(r.after)) for r in self.replacements]
-        total = ("all", sum(c[1] for c in counts), sum(c[2] for c in counts))
-        return "\n".join([*lines, *(f"{name:40s} {old:12,d} {new:12,d}" for name, old, new in [*counts, total])])
+        lines = [f"{name:40s} {old:12,d} {new:12,d}" for name, old, new in (*self._counts, self._total)]
+        return "\n".join([f"{'FFN':40s} {'before':>12s} {'after':>12s}", *lines])
 
 
 def find_ffns(model: nn.Module) -> dict[str, nn.Module]:

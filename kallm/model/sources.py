@@ -246,7 +246,10 @@ def _facts(
 
 
 def _loadable(facts: ModelFacts) -> tuple[str, str]:
-    """Return what ``from_pretrained`` opens, and the revision."""
+    """Return what ``from_pretrained`` opens, and the revision; our own progress is told elsewhere."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     kind, _, name = facts.source.partition(":")
     if kind == "package":
         return str(_dequantised(name)), "main"

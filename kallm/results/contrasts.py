@@ -64,7 +64,6 @@ def _contrast(evidence: Evidence, suite: SuiteEntry, left: str, right: str, role
     if role != "exploratory":
         flips = flip_signs((values - baseline).mean(0), answers[0].weights, answers[0].strata)
     seeds = [seed for seed in (a.seed if a.seed is not None else b.seed for a, b in pairs) if seed is not None]
-    flags = _find_flags(evidence, pairs)
     word = decide(found.p, found.p_equivalent)
     return Contrast.model_validate(
         {
@@ -84,7 +83,7 @@ def _contrast(evidence: Evidence, suite: SuiteEntry, left: str, right: str, role
             "seeds": seeds,
             "items": found.items,
             "verdict": word,
-            "flags": flags,
+            "flags": _find_flags(evidence, pairs),
             "text": _tell(left, right, word, found, unit, margin=margin, seeded=seeded),
         }
     )

@@ -70,8 +70,7 @@ def _trained_tail(
     freeze(tail, materials.plan.study.trainable)
     record = read_record(store, TrainingRecord, cell_key(cell.id, "trained.json"))
     if record is None:
-        if report.replacements:
-            reporter.say(str(report))
+        reporter.say(f"{cell.label}: {report.summary}")
         record = Training(cell, tail, store, materials, reporter, stop, attempt).run(shared=shared)
     else:
         load_trained(store, record, tail)

@@ -16,7 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from s3transfer.exceptions import RetriesExceededError  # type: ignore[import-untyped]
+from s3transfer.exceptions import RetriesExceededError
 
 from kallm.errors import StorageUnavailable, WrongConfiguration
 from kallm.store.local import naming_disk_errors, replacing
