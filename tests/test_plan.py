@@ -81,7 +81,7 @@ def test_another_way_to_write_the_same_variant_is_the_same_cell() -> None:
 
 
 def test_costs_are_the_formulas() -> None:
-    planned = plan("seeds=[0]")
+    planned = plan("seeds=[0]", "train.tokens=16384")
     cost = estimate_cost(planned, planned.cells)
     trunk = 25 * 3_540_096
     assert cost.trained_tokens == 2 * 16_384

@@ -4,25 +4,27 @@ Legend: B batch, T tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from kallm.data.bbh import BBHItem
 from kallm.errors import OutOfMemory
 from kallm.evaluate.choices import summarise
 from kallm.evaluate.heldout import needs_chat_template, precision
 from kallm.evaluate.parse import is_correct, parse_answer
+from kallm.evaluate.prefill import Prefill, prefill_tail, prefill_trunk
 from kallm.evaluate.score import Score
 from kallm.evaluate.suites import BBHChatSettings, Context, Evaluation, Progress, Subject
-from kallm.model.trunk import assembled
+from kallm.model.trunk import Trunk, assembled
 
 __all__ = ["Conversations", "ask", "generate_replies", "prepare"]
 
+_KEPT_BYTES = 1 << 30
 _FORMS = {
     "option": "Answer with the letter of the right option only, for example (A).",
     "word": "Answer with one word only: {options}.",
@@ -37,14 +39,18 @@ class Conversations:
     """Questions under the chat template.
 
     Attributes:
+        trunk: runs the prompts once, while what it makes of them has room.
         prompts: the text that the model sees.
         tokens: its token ids.
+        kept: what the trunk made of each batch.
     """
 
     settings: BBHChatSettings
     items: list[BBHItem]
+    trunk: Trunk
     prompts: list[str]
     tokens: list[list[int]]
+    kept: dict[int, Prefill] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -58,15 +64,27 @@ class Conversations:
             OutOfMemory: too many replies at a time.
         """
         replies: dict[int, str] = {}
-        with assembled(subject.model, subject.tail) as model, precision(subject):
-            for batch in self._batches():
+        with precision(subject):
+            for number, batch in enumerate(self._batches()):
                 stop()
-                prompts = [self.tokens[index] for index in batch]
-                found = generate_replies(model, subject.tokenizer, prompts, max_new_tokens=self.settings.max_new_tokens)
+                found = generate_replies(
+                    subject, self._prefill(number, batch, subject), max_new_tokens=self.settings.max_new_tokens
+                )
                 replies.update(zip(batch, found, strict=True))
                 progress.advance(len(batch))
         answered = [self._answer(index, replies[index]) for index in range(len(self.items))]
         return _with_failures(summarise(answered, {"acc": "correct"}))
+
+    def _prefill(self, number: int, batch: list[int], subject: Subject) -> Prefill:
+        """Return what the trunk makes of a batch of prompts, kept for the next subject while there is room."""
+        if number in self.kept:
+            return self.kept[number]
+        ids, mask = _pad_left([self.tokens[index] for index in batch], _padding(subject))
+        device = subject.tail.head.weight.device
+        made = prefill_trunk(self.trunk, subject.model.config, ids.to(device), mask.to(device))
+        if sum(prefill.num_bytes for prefill in self.kept.values()) + made.num_bytes <= _KEPT_BYTES:
+            self.kept[number] = made
+        return made
 
     def _batches(self) -> Iterator[list[int]]:
         """Yield indices, longest prompts first: little padding, and memory runs out at once or never."""
@@ -105,7 +123,7 @@ def prepare(settings: BBHChatSettings, context: Context) -> Conversations:
         for item in items
     ]
     tokens = [context.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    return Conversations(settings, items, prompts, tokens)
+    return Conversations(settings, items, context.trunk, prompts, tokens)
 
 
 def ask(item: BBHItem) -> str:
@@ -113,17 +131,12 @@ def ask(item: BBHItem) -> str:
     return f"{item.question}\n{_FORMS[item.form].format(options=' or '.join(item.options))}"
 
 
-def generate_replies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *, max_new_tokens: int
-) -> list[str]:
-    """Return the greedy replies to tokenised prompts, without special tokens.
+def generate_replies(subject: Subject, prefill: Prefill, *, max_new_tokens: int) -> list[str]:
+    """Return the greedy replies to a batch of prompts, without special tokens.
 
     Raises:
         OutOfMemory: too many replies at a time.
     """
-    ends = _end_tokens(model, tokenizer)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    ids, mask = _pad_left(prompts, padding)
     # What is not said here, generate takes from the model's own sampling defaults.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -134,23 +147,32 @@ def generate_replies(
         top_k=50,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=ends,
-        pad_token_id=padding,
+        eos_token_id=_end_tokens(subject),
+        pad_token_id=_padding(subject),
     )
     try:
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy)
+        cache = prefill_tail(prefill, subject)
+        with assembled(subject.model, subject.tail) as model:
+            out = model.generate(
+                prefill.ids, attention_mask=prefill.mask, past_key_values=cache, generation_config=greedy
+            )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"memory ran out for {len(prompts)} replies at a time: lower the batch_size of the suite bbh-chat"
+            f"memory ran out for {len(prefill.ids)} replies at a time: lower the batch_size of the suite bbh-chat"
         ) from error
-    replies: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    replies: list[str] = subject.tokenizer.batch_decode(out[:, prefill.ids.shape[1] :], skip_special_tokens=True)
     return replies
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    named = model.generation_config.eos_token_id
+def _end_tokens(subject: Subject) -> list[int]:
+    named = subject.model.generation_config.eos_token_id
     found = named if isinstance(named, list) else [named]
-    return sorted({token for token in (*found, tokenizer.eos_token_id) if token is not None})
+    return sorted({token for token in (*found, subject.tokenizer.eos_token_id) if token is not None})
+
+
+def _padding(subject: Subject) -> int:
+    padding: int | None = subject.tokenizer.pad_token_id
+    return _end_tokens(subject)[0] if padding is None else padding
 
 
 def _pad_left(prompts: list[list[int]], padding: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
