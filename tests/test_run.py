@@ -20,6 +20,8 @@ from kallm.store.store import Store
 from kallm.study.plan import Plan, make_plan
 from kallm.study.study import read_study
 
+pytest_plugins = ["stores"]
+
 
 class StopAfter(Stop):
     """Asks for a stop at the given poll, as a signal would."""
@@ -155,6 +157,16 @@ def test_each_cell_alone_gives_what_the_whole_study_gives(study_text: str, finis
         with Reporter(quiet=True) as reporter:
             run_cells(plan, [cell], store, reporter, Stop())
     assert results(plan, store) == results(plan, undisturbed)
+
+
+def test_a_study_in_a_bucket_equals_one_in_a_folder(study_text: str, finished, store: Store) -> None:
+    plan, undisturbed, _ = finished(study_text)
+    with pytest.raises(Preempted):
+        run(plan, store, StopAfter(23))
+    run(plan, store)
+    assert results(plan, store) == results(plan, undisturbed)
+    table, other = (build_table(place, plan.document) for place in (store, undisturbed))
+    assert [row.scores for row in table.rows] == [row.scores for row in other.rows]
 
 
 def test_cells_of_one_seed_see_the_same_batches(study_text: str) -> None:
