@@ -5,7 +5,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,23 +13,23 @@ from rich.console import Console
 from kallm.errors import CellsMissing, Diverged, ExitCode, KallmError, OutOfMemory, WrongConfiguration, did_you_mean
 from kallm.progress import Reporter, Stop, format_duration
 from kallm.results.record import StudyDocument, read_record, study_key
-from kallm.results.render import render_latex, render_rich
-from kallm.results.status import read_status, render_status
-from kallm.results.table import Table, build_table, is_complete, write_table
 from kallm.run.finished import is_finished
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan, estimate_cost, make_plan
 from kallm.study.study import preset_names, read_study
 
+if TYPE_CHECKING:
+    from kallm.results.table import Table
+
 __all__ = ["main"]
 
 app = typer.Typer(
     help="Replace the last feed-forward networks of a language model by KAN layers, and measure what it does.\n\n"
-    "    kallm run demo                      a whole study here, real weights, about ten minutes on two cores\n\n"
-    "    kallm plan published                what a study would train, and what it would cost\n\n"
-    "    kallm status demo                   which cells are done\n\n"
-    "    kallm table demo                    the table again, from the store alone",
+    "    kallm run demo         a whole study here, on real weights\n\n"
+    "    kallm plan published   what a study would train, and its cost\n\n"
+    "    kallm status demo      which cells are done\n\n"
+    "    kallm table demo       the table again, from the store alone",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
@@ -149,6 +149,8 @@ def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOp
 
     kallm status demo
     """  # fmt: skip
+    from kallm.results.status import read_status, render_status
+
     opened = open_store(store)
     document = _document(opened, study, set_)
     _console().print(render_status(read_status(opened, document, now=time.time())))
@@ -215,8 +217,10 @@ def _document(store: Store, study: str, set_: list[str] | None) -> StudyDocument
     return make_plan(read_study(study, set_)).document
 
 
-def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> Table:
+def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":
+    from kallm.results.render import render_latex, render_rich
     from kallm.results.report import write_report
+    from kallm.results.table import build_table, write_table
 
     built = build_table(store, document)
     write_table(store, document, built)
@@ -237,7 +241,9 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
 
 
-def _leave_by(built: Table) -> None:
+def _leave_by(built: "Table") -> None:
+    from kallm.results.table import is_complete
+
     if not is_complete(built):
         raise CellsMissing("the table is written, but cells are missing: 'kallm status' names them")
 

@@ -50,7 +50,11 @@ def test_variants_come_by_name_or_with_a_spec() -> None:
         ({"variants": ["kan", "kan"]}, "names variant 'kan' twice"),
         ({"variants": []}, "variants: .*at least 1"),
         ({"suites": ["heldouts"]}, "unknown suite 'heldouts': known are .*Did you mean 'heldout'"),
-        ({"suites": [{"bbh-chat": {"max_tokens": 3}}]}, "max_tokens"),
+        (
+            {"suites": [{"bbh-chat": {"max_tokens": 3}}]},
+            "suites: bbh-chat: unknown key 'max_tokens': known are .*'max_new_tokens'",
+        ),
+        ({"suites": [{"bbh-chat": {"subset": "al"}}]}, "suites: bbh-chat: subset: unknown BBH subset 'al': known are"),
         ({"seeds": [0, 1, 0]}, "seeds: names seed 0 twice"),
         ({"seeds": [-1]}, "seeds: must not be negative"),
         ({"seeds": []}, "seeds: .*at least 1"),

@@ -94,7 +94,7 @@ class Study(_Settings):
             if name not in SUITES:
                 raise ValueError(f"unknown suite '{name}': {did_you_mean(name, SUITES)}")
         if isinstance(found, dict):
-            return {name: SUITES[name].settings.model_validate(settings) for name, settings in found.items()}
+            return {name: _parse_suite(name, settings) for name, settings in found.items()}
         return found
 
     @field_validator("tail")
@@ -201,6 +201,13 @@ def _expand(value: Any, known: dict[str, Any], kind: str) -> Any:
                 raise ValueError(f"unknown {kind} '{name}': {did_you_mean(str(name), known)}")
             found[name] = known[name] if settings is None else settings
     return found
+
+
+def _parse_suite(name: str, settings: Any) -> SuiteSettings:
+    try:
+        return SUITES[name].settings.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError("; ".join(describe(error, SUITES[name].settings, name).splitlines())) from error
 
 
 @cache

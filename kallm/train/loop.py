@@ -1,5 +1,6 @@
 """The training loop of one cell: straight down, the same batches for every cell of a seed."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,36 +71,50 @@ def train(
         Diverged: the loss or the gradient is not finite.
     """
     num_steps = recipe.num_steps(len(rows))
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tail.train()
     while progress.step < num_steps:
         began = time.monotonic()
         batch = recipe.rows_of(progress.step, len(rows), seed)
-        supervised = sum(rows[index].num_supervised for index in batch)
-        loss = 0.0
-        for first in range(0, len(batch), recipe.micro_batch):
-            stop()
-            part = batch[first : first + recipe.micro_batch]
-            summed = _forward(tail, [rows[index] for index in part], [hidden[index] for index in part])
-            torch.autograd.backward(summed / supervised)
-            loss += float(summed.detach()) / supervised
-        norm = float(nn.utils.clip_grad_norm_(trainable, recipe.clip))
-        if not (torch.isfinite(torch.tensor([loss, norm])).all()):
-            raise Diverged(f"step {progress.step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}")
         lr = recipe.lr_at(progress.step, num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(rows[index].passage.input_ids) for index in batch)
-        seconds = time.monotonic() - began
+        loss, norm = _step(tail, optimizer, batch, rows, hidden, recipe, lr, stop)
+        tokens, seconds = len(batch) * recipe.length, time.monotonic() - began
         progress.step += 1
         progress.tokens += tokens
-        progress.supervised_tokens += supervised
+        progress.supervised_tokens += sum(rows[index].num_supervised for index in batch)
         progress.seconds += seconds
         progress.history.append((progress.step, loss))
         figures = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds}
         after_step(progress, figures)
+
+
+def _step(
+    tail: Tail,
+    optimizer: torch.optim.AdamW,
+    batch: list[int],
+    rows: Sequence[Row],
+    hidden: HiddenCache,
+    recipe: Recipe,
+    lr: float,
+    stop: Callable[[], None],
+) -> tuple[float, float]:
+    """Take one optimiser step; return the loss in nats per supervised token and the gradient's norm."""
+    supervised = sum(rows[index].num_supervised for index in batch)
+    loss = 0.0
+    for first in range(0, len(batch), recipe.micro_batch):
+        stop()
+        part = batch[first : first + recipe.micro_batch]
+        summed = _forward(tail, [rows[index] for index in part], [hidden[index] for index in part])
+        torch.autograd.backward(summed / supervised)
+        loss += float(summed.detach()) / supervised
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(trainable, recipe.clip))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise Diverged(f"the loss is {loss:g} and the gradient's norm {norm:g}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
 
 
 def _forward(tail: Tail, rows: list[Row], hidden: list[torch.Tensor]) -> torch.Tensor:
