@@ -4,20 +4,29 @@ import json
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from kallm.errors import CellsMissing, Diverged, ExitCode, KallmError, OutOfMemory, WrongConfiguration, did_you_mean
+from kallm.commands import attach
+from kallm.errors import (
+    CellsMissing,
+    Diverged,
+    ExitCode,
+    GaveUp,
+    KallmError,
+    OutOfMemory,
+    WrongConfiguration,
+    did_you_mean,
+)
+from kallm.options import DEFAULT_STORE, SetOption, StoreOption, StudyArgument, find_document, make_console
 from kallm.progress import Reporter, Stop, format_duration
-from kallm.results.record import StudyDocument, read_record, study_key
+from kallm.results.record import StudyDocument, study_key
 from kallm.run.finished import is_finished
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan, estimate_cost, make_plan
-from kallm.study.study import preset_names, read_study
+from kallm.study.study import read_study
 
 if TYPE_CHECKING:
     from kallm.results.table import Table
@@ -35,15 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-_STUDY_HELP = f"a preset ({', '.join(preset_names())}), a YAML file, YAML text, or - for standard input"
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help=_STUDY_HELP)]
-StoreOption = Annotated[str, typer.Option("--store", help="a folder, or s3://bucket/prefix")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="override one field, e.g. train.lr=0.0005 or seeds=[0]; repeatable")
-]
-DEFAULT_STORE = "kallm-store"
-_PLAIN_WIDTH = 120
 
 
 @app.callback()
@@ -69,11 +69,17 @@ def run(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOptio
     from kallm.run.local import run_cells
 
     began = time.monotonic()
-    with Reporter() as reporter:
-        run_cells(plan, list(plan.cells), opened, reporter, stop)
+    try:
+        with Reporter() as reporter:
+            diverged = run_cells(plan, list(plan.cells), opened, reporter, stop)
+    except GaveUp:
+        _finish_table(opened, plan.document)
+        raise
     table = _finish_table(opened, plan.document)
     print(f"in {format_duration(time.monotonic() - began)}", file=sys.stderr)
     _leave_by(table)
+    if diverged:
+        raise Diverged(f"the table is written, but {len(diverged)} cells diverged: {'; '.join(diverged)}")
 
 
 @app.command()
@@ -152,8 +158,8 @@ def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOp
     from kallm.results.status import read_status, render_status
 
     opened = open_store(store)
-    document = _document(opened, study, set_)
-    _console().print(render_status(read_status(opened, document, now=time.time())))
+    document = find_document(opened, study, set_)
+    make_console().print(render_status(read_status(opened, document, now=time.time())))
 
 
 @app.command()
@@ -170,7 +176,10 @@ def table(
     kallm table demo.0a1b2c3d4e5f --store s3://my-bucket/kallm
     """
     opened = open_store(store, writable=True)
-    _leave_by(_finish_table(opened, _document(opened, study, set_), latex=latex))
+    _leave_by(_finish_table(opened, find_document(opened, study, set_), latex=latex))
+
+
+attach(app)
 
 
 def main() -> None:
@@ -207,16 +216,6 @@ def _choose_cell(planned: Plan, variant: str, seed: int | None) -> Cell:
     return found[seed]
 
 
-def _document(store: Store, study: str, set_: list[str] | None) -> StudyDocument:
-    """Return a study's document: by its full name from the store, else by planning it."""
-    name, _, study_hash = study.rpartition(".")
-    if name and not Path(study).exists():
-        stored = read_record(store, StudyDocument, study_key(name, study_hash, "study.json"))
-        if stored is not None:
-            return stored
-    return make_plan(read_study(study, set_)).document
-
-
 def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":
     from kallm.results.render import render_latex, render_rich
     from kallm.results.report import write_report
@@ -228,17 +227,12 @@ def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False)
     if latex:
         print(render_latex(built))
     else:
-        _console().print(render_rich(built))
+        make_console().print(render_rich(built))
     folder = study_key(document.name, document.hash)
     print(
         f"table.json, table.csv, table.md and report.html are in {store.address.rstrip('/')}/{folder}", file=sys.stderr
     )
     return built
-
-
-def _console() -> Console:
-    """Return standard output, wide enough for a table where it is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
 
 
 def _leave_by(built: "Table") -> None:

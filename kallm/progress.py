@@ -4,32 +4,36 @@ import contextlib
 import json
 import os
 import signal
-import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
-from kallm.errors import Preempted
+from kallm.errors import ExitCode, Preempted, StorageUnavailable
 from kallm.store.store import Store
 
 __all__ = ["Heartbeat", "Reporter", "Stop", "Tracker", "format_duration"]
 
 PLAIN_INTERVAL_S = 15.0
 HEARTBEAT_INTERVAL_S = 30.0
+GRACE_S = 60.0
 
 
 class Stop:
     """Turn SIGTERM and Ctrl-C into a request that long work polls; a second one leaves at once.
 
-    Calling the object raises ``Preempted`` once a stop was requested.
+    Calling the object raises ``Preempted`` once a stop was requested. Work that has not come to its end ``grace_s``
+    seconds after the request is left where it is, with code 75: what was committed before stands.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace_s: float = GRACE_S) -> None:
         self.signal: signal.Signals | None = None
+        self.grace_s = grace_s
+        self._asked, self._saved = threading.Event(), threading.Event()
 
     @property
     def requested(self) -> bool:
@@ -38,8 +42,13 @@ class Stop:
 
     def install(self) -> None:
         """Handle SIGTERM and SIGINT from now on."""
+        threading.Thread(target=self._watch, name="kallm-grace", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+
+    def disarm(self) -> None:
+        """Say that the state is saved: there is no hurry any more."""
+        self._saved.set()
 
     def __call__(self) -> None:
         """Raise ``Preempted`` if a stop was requested."""
@@ -51,6 +60,15 @@ class Stop:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
         os.write(2, f"\n{self.signal.name}: saving, then leaving; once more leaves at once\n".encode())
+        self._asked.set()
+
+    def _watch(self) -> None:
+        """Leave when the grace is over; a thread of its own, for the main one may be inside a long call."""
+        self._asked.wait()
+        if not self._saved.wait(self.grace_s):
+            told = f"kallm: not saved within {format_duration(self.grace_s)}; the last committed checkpoint stands\n"
+            os.write(2, told.encode())
+            os._exit(ExitCode.PREEMPTED)
 
 
 class Tracker:
@@ -93,6 +111,7 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.lines: list[str] = []
+        self.trackers: list[Tracker] = []
         self.bars: Progress | None = None
         if self.console.is_terminal and not quiet:
             self.bars = Progress(
@@ -124,31 +143,55 @@ class Reporter:
     def track(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Tracker]:
         """Show one piece of work while it lasts."""
         tracker = Tracker(self, name, total, unit, done)
+        self.trackers.append(tracker)
         try:
             yield tracker
         finally:
+            self.trackers.remove(tracker)
             if self.bars and tracker.bar is not None:
                 self.bars.remove_task(tracker.bar)
 
 
 class Heartbeat:
-    """Writes ``heartbeat.json`` of a cell, at most every 30 seconds, so that others see it alive."""
+    """Writes ``heartbeat.json`` of a cell every 30 seconds from a thread: others see it alive in long calls too.
 
-    def __init__(self, store: Store, key: str, nonce: str) -> None:
-        self._store, self._key, self._nonce = store, key, nonce
-        self._last = 0.0
+    Attributes:
+        phase: what the cell is doing now; how far it is comes from the innermost piece of work that was begun since.
+    """
 
-    def beat(self, phase: str, tracker: Tracker | None = None) -> None:
-        """Tell the phase and how far it is, unless the last beat is young."""
-        if time.monotonic() - self._last < HEARTBEAT_INTERVAL_S:
-            return
-        self._last = time.monotonic()
-        told: dict[str, object] = {"nonce": self._nonce, "at": time.time(), "phase": phase, "pid": os.getpid()}
-        told["host"] = socket.gethostname()
-        if tracker is not None:
+    def __init__(self, store: Store, key: str, facts: Mapping[str, object], reporter: Reporter) -> None:
+        """Name the key, and what every beat tells besides its time, phase and position."""
+        self.phase = "start"
+        self._store, self._key, self._facts, self._reporter = store, key, dict(facts), reporter
+        self._outer = len(reporter.trackers)
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Write the first beat, then go on in a thread.
+
+        Raises:
+            StorageUnavailable: the first beat could not be written.
+        """
+        self._beat()
+        threading.Thread(target=self._go_on, name="kallm-heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        """Begin no more beats."""
+        self._ended.set()
+
+    def _go_on(self) -> None:
+        while not self._ended.wait(HEARTBEAT_INTERVAL_S):
+            try:
+                self._beat()
+            except StorageUnavailable as error:
+                self._reporter.say(f"a heartbeat is missing, the work goes on: {error}")
+
+    def _beat(self) -> None:
+        told = {**self._facts, "at": time.time(), "phase": self.phase}
+        for tracker in self._reporter.trackers[self._outer :][-1:]:
             told |= {"step": tracker.done, "total": tracker.total, "rate": tracker.rate}
             told |= {"unit": tracker.unit, "eta_s": tracker.eta_s}
-        self._store.put(self._key, json.dumps(told, indent=2, sort_keys=True).encode())
+        self._store.put(self._key, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
 
 
 class _CountColumn(ProgressColumn):

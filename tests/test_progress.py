@@ -47,6 +47,7 @@ def test_a_signal_raises_at_the_next_poll(number: signal.Signals) -> None:
         with pytest.raises(Preempted, match=f"stopped by {number.name}; the same command continues from here"):
             stop()
     finally:
+        stop.disarm()  # or the grace ends this process
         for n, handler in before.items():
             signal.signal(n, handler)
 
@@ -78,12 +79,13 @@ def test_without_a_terminal_the_lines_are_plain_and_kept(capsys: pytest.CaptureF
     assert tracker.eta_s == pytest.approx(6 / tracker.rate, rel=0.5)
 
 
-def test_a_heartbeat_is_written_at_most_every_half_minute(store: Store) -> None:
-    heartbeat = Heartbeat(store, "cells/x/heartbeat.json", "n")
-    heartbeat.beat("train")
-    first = store.get("cells/x/heartbeat.json")
-    heartbeat.beat("evaluate")
-    assert store.get("cells/x/heartbeat.json") == first
-    told = json.loads(first or b"")
-    assert (told["nonce"], told["phase"], told["pid"]) == ("n", "train", os.getpid())
+def test_a_heartbeat_tells_the_phase_and_the_innermost_work(store: Store) -> None:
+    with Reporter(quiet=True) as reporter, reporter.track("study", 7, "cells"):
+        heartbeat = Heartbeat(store, "cells/x/heartbeat.json", {"nonce": "n", "pid": os.getpid()}, reporter)
+        with reporter.track("train", 3, "tok"):
+            heartbeat.start()
+            heartbeat.stop()
+    told = json.loads(store.get("cells/x/heartbeat.json") or b"")
+    assert (told["nonce"], told["phase"], told["pid"]) == ("n", "start", os.getpid())
+    assert (told["step"], told["total"], told["unit"]) == (0, 3, "tok")
     assert abs(told["at"] - time.time()) < 60

@@ -2,17 +2,24 @@
 
 import hashlib
 import time
-from collections.abc import Callable
 
-from kallm.errors import KallmError
 from kallm.evaluate.suites import SUITES, Subject
 from kallm.model.start import freeze, start_tail
 from kallm.model.trunk import Tail
-from kallm.progress import Reporter, Stop, Tracker
-from kallm.results.record import EvaluationRecord, TrainingRecord, cell_key, evaluation_key, read_record, write_items
+from kallm.progress import Reporter, Stop
+from kallm.results.record import (
+    EvaluationRecord,
+    TrainingRecord,
+    cell_key,
+    evaluation_key,
+    read_items,
+    read_record,
+    write_items,
+)
 from kallm.run.attempt import Attempt
 from kallm.run.finished import is_finished
 from kallm.run.materials import Materials
+from kallm.run.trail import StoreClock, Trail
 from kallm.run.training import Training, load_trained, receipt_of
 from kallm.store.store import Store
 from kallm.study.plan import Cell
@@ -20,7 +27,16 @@ from kallm.study.plan import Cell
 __all__ = ["run_cell"]
 
 
-def run_cell(cell: Cell, store: Store, materials: Materials, reporter: Reporter, stop: Stop, *, shared: bool) -> None:
+def run_cell(
+    cell: Cell,
+    store: Store,
+    materials: Materials,
+    reporter: Reporter,
+    stop: Stop,
+    clock: StoreClock,
+    *,
+    shared: bool,
+) -> bool:
     """Finish one cell; what is committed already is not done again.
 
     Args:
@@ -29,25 +45,30 @@ def run_cell(cell: Cell, store: Store, materials: Materials, reporter: Reporter,
         materials: what it shares with the other cells of this process.
         reporter: where progress is told.
         stop: polled everywhere.
+        clock: the store's.
         shared: whether other cells run in this process too.
+
+    Returns:
+        Whether it is finished; not so where another process began it at the same moment.
 
     Raises:
         Preempted: a stop was requested; the state is saved.
         Diverged: training left the numbers; the record says so.
+        GaveUp: too many attempts in a row came no further.
     """
     if is_finished(store, cell, list(materials.plan.suites)):
-        return
-    attempt = Attempt(cell, store, reporter)
-    try:
-        with materials.autocast():
-            tail, weights = _trained_tail(cell, store, materials, reporter, stop, attempt, shared=shared)
-            for suite_id in materials.plan.suites:
-                if store.get(evaluation_key(cell.id, suite_id)) is None:
-                    _evaluate(cell, suite_id, tail, weights, store, materials, reporter, stop, attempt)
-    except KallmError as error:
-        attempt.end(int(error.code), str(error))
-        raise
-    attempt.end(0, "done")
+        return True
+    trail = Trail(store, cell.id)
+    trail.check_patience()
+    attempt = Attempt(cell, store, reporter, trail.reached)
+    if not attempt.claim(clock):
+        return False
+    with attempt, materials.autocast():
+        tail, weights = _trained_tail(cell, store, materials, reporter, stop, attempt, shared=shared)
+        for suite_id in materials.plan.suites:
+            if store.get(evaluation_key(cell.id, suite_id)) is None:
+                _evaluate(cell, suite_id, tail, weights, store, materials, reporter, stop, attempt)
+    return True
 
 
 def _trained_tail(
@@ -61,10 +82,12 @@ def _trained_tail(
     shared: bool,
 ) -> tuple[Tail, str]:
     """Return the cell's tail, trained here or before, and the hash of its weights."""
+    attempt.heartbeat.phase = "load"
     tail = materials.new_tail()
     if not cell.variant.trained:
         return tail.requires_grad_(False), materials.plan.model.identity
     assert cell.seed is not None
+    attempt.heartbeat.phase = "trunk"
     report = start_tail(tail, cell.variant.spec, materials.ffn_inputs, seed=cell.seed)
     stop()
     freeze(tail, materials.plan.study.trainable)
@@ -90,11 +113,12 @@ def _evaluate(
 ) -> None:
     """Score a cell under one suite and create the record."""
     name = suite_id.rpartition(".")[0]
+    attempt.heartbeat.phase = f"evaluate {name}"
     prepared = materials.prepared(suite_id)
     subject = Subject(model=materials.model, tail=tail, tokenizer=materials.tokenizer)
     began = time.monotonic()
     with reporter.track(f"{name} {cell.label}", prepared.num_items, "items") as tracker:
-        evaluation = SUITES[name].evaluate(prepared, subject, tracker, _polled(stop, attempt, name, tracker))
+        evaluation = SUITES[name].evaluate(prepared, subject, tracker, stop)
     items = write_items(evaluation.items)
     items_key = cell_key(cell.id, "evaluations", f"{suite_id}.items.{attempt.nonce}.jsonl.gz")
     store.put(items_key, items)
@@ -110,16 +134,13 @@ def _evaluate(
         seconds=round(time.monotonic() - began, 3),
         receipt=receipt_of(materials),
     )
-    store.create(evaluation_key(cell.id, suite_id), record.to_bytes())
+    key = evaluation_key(cell.id, suite_id)
+    if store.create(key, record.to_bytes()):
+        attempt.commits += 1
+    else:
+        reporter.say(f"{cell.id}: another process finished {name} first; its record stands")
+        standing = read_record(store, EvaluationRecord, key)
+        assert standing is not None
+        read_items(store, standing)
     told = ", ".join(f"{score} {figure.value:.4g}" for score, figure in evaluation.scores.items())
     reporter.say(f"{cell.label} {name}: {told}")
-
-
-def _polled(stop: Stop, attempt: Attempt, phase: str, tracker: Tracker) -> Callable[[], None]:
-    """Return what a suite calls between items."""
-
-    def poll() -> None:
-        stop()
-        attempt.heartbeat.beat(phase, tracker)
-
-    return poll

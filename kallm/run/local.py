@@ -1,14 +1,15 @@
-"""A whole study on this machine: every unfinished cell in turn, on one trunk, then the table."""
+"""A whole study on this machine: every unfinished cell in turn, on one trunk."""
 
 import gc
 from collections.abc import Callable
 
-from kallm.errors import Diverged
-from kallm.progress import Reporter, Stop
+from kallm.errors import Diverged, GaveUp
+from kallm.progress import Reporter, Stop, Tracker
 from kallm.results.record import study_key
 from kallm.run.cell import run_cell
 from kallm.run.finished import is_finished
 from kallm.run.materials import Materials
+from kallm.run.queue import WAIT_S, Queue
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan
 
@@ -28,31 +29,58 @@ def run_cells(
     stop: Stop,
     *,
     after_cell: Callable[[], None] = lambda: None,
+    wait_s: float = WAIT_S,
 ) -> list[str]:
-    """Finish cells one after the other; a diverged one does not end the others.
+    """Finish cells one after the other; one that diverges or gives up does not end the others.
+
+    A cell that another process works on is left until the others are done, and then waited for: it is finished there,
+    or goes on here when the other gives no sign any more.
 
     Returns:
         The causes of the cells that diverged.
 
     Raises:
         Preempted: a stop was requested; what was done is saved.
+        GaveUp: all others are finished, but some cells gave up.
     """
     record_study(store, plan)
     open_cells = [cell for cell in cells if not is_finished(store, cell, list(plan.suites))]
     if not open_cells:
         reporter.say(f"all {len(cells)} cells are finished: nothing to train, nothing to evaluate")
         return []
+    queue = Queue(open_cells, store, reporter, stop, wait_s=wait_s)
+    try:
+        with reporter.track(f"study {plan.study.name}", len(cells), "cells", done=len(cells) - len(open_cells)) as told:
+            return _finish_all(
+                queue, Materials(plan, reporter, stop), shared=len(cells) > 1, told=told, after=after_cell
+            )
+    finally:
+        stop.disarm()
+
+
+def _finish_all(
+    queue: Queue, materials: Materials, *, shared: bool, told: Tracker, after: Callable[[], None]
+) -> list[str]:
+    store, reporter, stop = queue.store, queue.reporter, queue.stop
     diverged: list[str] = []
-    materials = Materials(plan, reporter, stop)
-    with reporter.track(f"study {plan.study.name}", len(cells), "cells", done=len(cells) - len(open_cells)) as tracker:
-        for number, cell in enumerate(open_cells, start=1):
-            reporter.say(f"cell {number} of {len(open_cells)}: {cell.id}")
-            try:
-                run_cell(cell, store, materials, reporter, stop, shared=len(cells) > 1)
-            except Diverged as error:
-                diverged.append(f"{cell.id}: {error}")
-                reporter.say(diverged[-1])
-            gc.collect()
-            tracker.advance()
-            after_cell()
+    gave_up: list[str] = []
+    total = len(queue.cells)
+    while (cell := queue.choose()) is not None:
+        reporter.say(f"cell {total - len(queue.cells) + 1} of {total}: {cell.id}")
+        try:
+            if not run_cell(cell, store, materials, reporter, stop, queue.clock, shared=shared):
+                queue.pause()
+                continue
+        except Diverged as error:
+            diverged.append(f"{cell.id}: {error}")
+            reporter.say(diverged[-1])
+        except GaveUp as error:
+            gave_up.append(str(error))
+            reporter.say(gave_up[-1])
+        queue.cells.remove(cell)
+        gc.collect()
+        told.advance()
+        after()
+    if gave_up:
+        raise GaveUp("; ".join(gave_up))
     return diverged

@@ -14,11 +14,12 @@ from kallm.progress import Reporter, Stop
 from kallm.receipt import make_receipt
 from kallm.results.record import TrainingRecord, cell_key, read_record
 from kallm.run.attempt import Attempt
+from kallm.run.background import Background
 from kallm.run.materials import Materials
 from kallm.store.commit import list_manifests, read_manifest
 from kallm.store.store import Store
 from kallm.study.plan import Cell
-from kallm.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from kallm.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights, take_snapshot
 from kallm.train.loop import Progress, make_optimizer, train
 
 __all__ = ["Training", "load_trained", "receipt_of"]
@@ -56,10 +57,12 @@ class Training:
         """
         progress = self._restore()
         self._saved_step, self._saved_at = progress.step, time.monotonic()
+        self.attempt.heartbeat.phase = "train"
         rows, hidden = self.materials.rows, self.materials.train_hidden
         total = self.recipe.epochs * len(rows) * self.recipe.length
         name = f"train {self.cell.name} seed {self.seed}"
-        with self.reporter.track(name, total, "tok", done=progress.tokens) as self._tracker:
+        with Background() as self._background, self.reporter.track(name, total, "tok", done=progress.tokens) as tracker:
+            self._tracker = tracker
             try:
                 train(
                     self.tail,
@@ -73,9 +76,11 @@ class Training:
                     stop=self.stop,
                 )
             except Preempted:
-                self._save(progress)
+                self._begin_save(progress)
+                self._background.wait()
                 raise
             except Diverged as error:
+                self._background.wait()
                 self._create_record(progress, {}, "diverged", str(error), shared=shared)
                 raise
         return self._create_record(progress, self._commit_weights(), "trained", None, shared=shared)
@@ -98,24 +103,33 @@ class Training:
     def _after_step(self, progress: Progress, figures: dict[str, float]) -> None:
         self._tracker.advance(int(figures["tokens"]))
         self.metrics.append(json.dumps({"step": progress.step} | figures, sort_keys=True))
-        self.attempt.heartbeat.beat("train", self._tracker)
-        if time.monotonic() - self._saved_at > self.recipe.checkpoint_s:
-            self._save(progress)
+        self._background.check()
+        if time.monotonic() - self._saved_at > self.recipe.checkpoint_s and not self._background.is_busy:
+            self._begin_save(progress)
 
-    def _save(self, progress: Progress) -> None:
-        """Commit a checkpoint of a step that has none, then let go of old ones."""
-        self._put_metrics()
-        if progress.step > self._saved_step:
-            prefix = cell_key(self.cell.id, "checkpoints", f"{progress.step:08d}-{self.attempt.nonce}")
-            save_checkpoint(self.store, prefix, self.tail, self.optimizer, progress)
-            self._saved_step = progress.step
-            self._remove_checkpoints(keep=_KEPT_CHECKPOINTS)
-        self._saved_at = time.monotonic()
+    def _begin_save(self, progress: Progress) -> None:
+        """Copy the state of a step that has no checkpoint, and commit the copy beside the training."""
+        self._background.wait()
+        metrics = self._metrics_bytes()
+        snapshot = take_snapshot(self.tail, self.optimizer, progress) if progress.step > self._saved_step else None
+        prefix = cell_key(self.cell.id, "checkpoints", f"{progress.step:08d}-{self.attempt.nonce}")
 
-    def _put_metrics(self) -> None:
-        if self.metrics:
-            key = cell_key(self.cell.id, "metrics", f"{self.attempt.nonce}.jsonl")
-            self.store.put(key, "".join(f"{line}\n" for line in self.metrics).encode())
+        def save() -> None:
+            self._put_metrics(metrics)
+            if snapshot is not None:
+                save_checkpoint(self.store, prefix, snapshot)
+                self.attempt.commits += 1
+                self._remove_checkpoints(keep=_KEPT_CHECKPOINTS)
+
+        self._background.start(save)
+        self._saved_step, self._saved_at = progress.step, time.monotonic()
+
+    def _metrics_bytes(self) -> bytes:
+        return "".join(f"{line}\n" for line in self.metrics).encode()
+
+    def _put_metrics(self, data: bytes) -> None:
+        if data:
+            self.store.put(cell_key(self.cell.id, "metrics", f"{self.attempt.nonce}.jsonl"), data)
 
     def _remove_checkpoints(self, *, keep: int) -> None:
         """Remove all but the newest committed checkpoints, each manifest before its files."""
@@ -139,7 +153,7 @@ class Training:
         *,
         shared: bool,
     ) -> TrainingRecord:
-        self._put_metrics()
+        self._put_metrics(self._metrics_bytes())
         key = cell_key(self.cell.id, "trained.json")
         attempts = self.store.list(cell_key(self.cell.id, "attempts/"))
         record = TrainingRecord(
@@ -161,7 +175,9 @@ class Training:
             shared=shared,
             receipt=receipt_of(self.materials),
         )
-        if not self.store.create(key, record.to_bytes()):
+        if self.store.create(key, record.to_bytes()):
+            self.attempt.commits += 1
+        else:
             self.reporter.say(f"{self.cell.id}: another process finished first; its record stands")
             standing = read_record(self.store, TrainingRecord, key)
             assert standing is not None

@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kallm.errors import WrongConfiguration, did_you_mean
 from kallm.evaluate.suites import SUITES, SuiteSettings
 from kallm.kan.spec import FFNSpec
-from kallm.study.problems import describe
+from kallm.study.problems import check_plain, describe, in_one_line
 from kallm.train.recipe import Recipe
 
 __all__ = ["DialogueSettings", "StatisticsSettings", "Study", "Variant", "preset_names", "read_study"]
 
+_YAML_ERRORS = (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
+"""PyYAML lets some errors of its own conversions through: ``2001-99-99``, ``!!bool maybe``, five thousand brackets."""
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
@@ -141,12 +143,14 @@ def read_study(named: str, overrides: list[str] | None = None) -> Study:
     text, place = _text_of(named)
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise WrongConfiguration(f"{place} is no YAML: {' '.join(str(error).split())}") from error
+    except _YAML_ERRORS as error:
+        raise WrongConfiguration(in_one_line(f"{place} is no YAML: {' '.join(str(error).split())}")) from error
+    check_plain(raw, place)
     if not isinstance(raw, dict):
         raise WrongConfiguration(f"{place} was expected to hold 'name:', 'model:' and so on, but holds {raw!r:.60}")
     for override in overrides or ():
         _override(raw, override)
+    check_plain(raw, place)
     try:
         return Study.model_validate(raw)
     except ValidationError as error:
@@ -155,7 +159,10 @@ def read_study(named: str, overrides: list[str] | None = None) -> Study:
 
 def _text_of(named: str) -> tuple[str, str]:
     if named == "-":
-        return sys.stdin.read(), "standard input"
+        try:
+            return sys.stdin.read(), "standard input"
+        except UnicodeDecodeError as error:
+            raise WrongConfiguration(f"standard input is no text in UTF-8: {error}") from error
     if "\n" in named:
         return named, "the study text"
     if named in preset_names():
@@ -164,24 +171,24 @@ def _text_of(named: str) -> tuple[str, str]:
         return Path(named).read_text(), named
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise WrongConfiguration(
-            f"unknown study '{named}': no such file, and as presets {did_you_mean(named, preset_names())}"
+            in_one_line(f"unknown study '{named}': no such file, and as presets {did_you_mean(named, preset_names())}")
         ) from error
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise WrongConfiguration(f"--set expects a.b=value, but got '{override}'")
+        raise WrongConfiguration(in_one_line(f"--set expects a.b=value, but got '{override}'"))
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, last = path.split(".")
     place: Any = raw
     for parent in parents:
         place = place.setdefault(parent, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise WrongConfiguration(f"--set {override}: '{'.'.join(parents)}' is not a group of settings")
+        raise WrongConfiguration(in_one_line(f"--set {override}: '{'.'.join(parents)}' is not a group of settings"))
     place[last] = value
 
 
@@ -195,6 +202,8 @@ def _expand(value: Any, known: dict[str, Any], kind: str) -> Any:
     for entry in value:
         pairs = list(entry.items()) if isinstance(entry, dict) else [(entry, None)]
         for name, settings in pairs:
+            if not isinstance(name, str):
+                raise ValueError(f"expected the name of a {kind}, but got {name!r:.60}")
             if name in found:
                 raise ValueError(f"names {kind} '{name}' twice")
             if settings is None and name not in known:
