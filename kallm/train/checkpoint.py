@@ -75,6 +75,8 @@ def load_checkpoint(store: Store, manifest: Manifest, tail: Tail, optimizer: tor
     """
     with tempfile.TemporaryDirectory() as temporary:
         paths = fetch(store, manifest, Path(temporary))
+        if paths.keys() != {_WEIGHTS, _STATE, _PROGRESS}:
+            raise DataMismatch(f"{manifest.prefix} is no checkpoint: it holds {', '.join(sorted(paths))}")
         _put_weights(tail, load_file(paths[_WEIGHTS]), manifest.prefix)
         state = load_file(paths[_STATE])
         progress = json.loads(paths[_PROGRESS].read_text())
