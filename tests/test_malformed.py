@@ -267,7 +267,6 @@ def test_wrong_addresses_are_refused_in_one_line(address: str) -> None:
     assert_lines(sentence, "", longest=20_000)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="open_store lets pathlib's error through")
 def test_a_home_that_is_unknown_is_refused_in_one_line() -> None:
     sentence = refused(lambda: open_store("~nobody-there/store"))
     assert sentence is not None

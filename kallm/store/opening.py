@@ -37,13 +37,20 @@ def open_store(address: str | Path, *, writable: bool = False, inside_cell: bool
         )
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
     if scheme is None:
-        return _open_folder(Path(text).expanduser(), writable=writable)
+        return _open_folder(_expand(text), writable=writable)
     if scheme[1] == "file":
         return _open_folder(_parse_file(text), writable=writable)
     if scheme[1] == "s3":
         return _open_bucket(*_parse_s3(text), writable=writable, inside_cell=inside_cell)
     known = did_you_mean(scheme[1], _SCHEMES)
     raise WrongConfiguration(f"unknown scheme '{scheme[1]}' in store address {text!r}: {known}")
+
+
+def _expand(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise WrongConfiguration(f"store address {text!r} names the home of nobody: {_EXAMPLES}") from error
 
 
 def _parse_file(text: str) -> Path:
