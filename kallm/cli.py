@@ -4,11 +4,12 @@ import json
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kallm.commands import attach
+from kallm.commands.stored import attach
 from kallm.errors import (
     CellsMissing,
     Diverged,
@@ -16,16 +17,26 @@ from kallm.errors import (
     GaveUp,
     KallmError,
     OutOfMemory,
-    WrongConfiguration,
-    did_you_mean,
 )
-from kallm.options import DEFAULT_STORE, SetOption, StoreOption, StudyArgument, find_document, make_console
+from kallm.options import (
+    DEFAULT_STORE,
+    CellsArgument,
+    CellsOption,
+    SetOption,
+    ShareOption,
+    StoreOption,
+    StudyArgument,
+    find_document,
+    find_plan,
+    is_stored_name,
+    make_console,
+)
 from kallm.progress import Reporter, Stop, format_duration
-from kallm.results.record import StudyDocument, study_key
-from kallm.run.finished import is_finished
+from kallm.results.record import StudyDocument, record_study, study_key
+from kallm.run.selection import group_cells, parse_share, select_cells
 from kallm.store.opening import open_store
 from kallm.store.store import Store
-from kallm.study.plan import Cell, Plan, estimate_cost, make_plan
+from kallm.study.plan import Plan, estimate_cost, make_plan
 from kallm.study.study import read_study
 
 if TYPE_CHECKING:
@@ -85,28 +96,39 @@ def run(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOptio
 @app.command()
 def cell(
     study: StudyArgument,
-    variant: Annotated[str, typer.Option(help="one of the study's variants")],
-    seed: Annotated[
-        int | None, typer.Option(help="one of the study's seeds; none for a variant that is not trained")
-    ] = None,
+    cells: CellsArgument,
     store: StoreOption = DEFAULT_STORE,
     set_: SetOption = None,
+    with_table: Annotated[
+        bool, typer.Option("--table", help="write the study's table anew after each cell that is finished")
+    ] = False,
+    progress_file: Annotated[
+        Path | None,
+        typer.Option("--progress-file", envvar="ARGO_PROGRESS_FILE", help="where the percentage is written, as N/100"),
+    ] = None,
 ) -> None:
-    """Train and evaluate one cell, the unit that a cluster runs.
+    """Train and evaluate some cells, the unit that a cluster runs; several of one seed share their trunk.
 
-    kallm cell demo --variant kan --seed 0
-    """  # fmt: skip
+    kallm cell demo kan.seed-0
+
+    kallm cell demo linear.seed-0,kan.seed-0 --store s3://my-bucket/kallm
+    """
     stop = Stop()
     stop.install()
     plan, opened = _prepare(study, store, set_, inside_cell=True)
-    chosen = _choose_cell(plan, variant, seed)
+    chosen = select_cells(plan, cells, opened)
     from kallm.run.local import run_cells
 
-    with Reporter() as reporter:
-        diverged = run_cells(plan, [chosen], opened, reporter, stop)
+    def write_results() -> None:
+        if with_table:
+            _write_results(opened, plan.document)
+
+    with Reporter(progress_file=progress_file) as reporter:
+        diverged = run_cells(plan, chosen, opened, reporter, stop, after_cell=write_results)
+    write_results()
     if diverged:
-        raise Diverged(diverged[0])
-    print(chosen.id)
+        raise Diverged("; ".join(diverged))
+    print("\n".join(cell.id for cell in chosen))
 
 
 @app.command()
@@ -114,7 +136,12 @@ def plan(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
     set_: SetOption = None,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="only the cells that the store lacks")] = False,
+    cells: CellsOption = "all",
+    share: ShareOption = "cell",
+    pods: Annotated[
+        Path | None,
+        typer.Option(help="write there which pod runs which cells, as JSON, and the study itself to the store"),
+    ] = None,
     tflops: Annotated[float, typer.Option(min=1e-6, help="sustained TFLOP/s that hours are estimated with")] = 0.2,
 ) -> None:
     """Print a study's cells as JSON, with its cost; loads no weights.
@@ -123,21 +150,23 @@ def plan(
 
     kallm plan published --tflops 200
 
-    kallm plan demo --unfinished | jq '.cells[].id'
+    kallm plan demo --cells unfinished | jq '.cells[].id'
     """
     planned = make_plan(read_study(study, set_))
-    cells = planned.cells
-    if unfinished:
-        opened = open_store(store)
-        cells = tuple(c for c in cells if not is_finished(opened, c, list(planned.suites)))
-    cost = estimate_cost(planned, cells)
+    sharing = parse_share(share)
+    opened = open_store(store, writable=pods is not None) if pods is not None or cells == "unfinished" else None
+    chosen = select_cells(planned, cells, opened)
+    if pods is not None and opened is not None:
+        record_study(opened, planned.document)
+        pods.write_text(json.dumps(group_cells(chosen, sharing)) + "\n")
+    cost = estimate_cost(planned, tuple(chosen))
     entries = {entry.id: entry.model_dump(mode="json") for entry in planned.document.cells}
     told = {
         "study": f"{planned.document.name}.{planned.document.hash}",
         "model": planned.model.source,
         "dialogues": planned.dialogues,
         "suites": list(planned.suites),
-        "cells": [entries[c.id] for c in cells],
+        "cells": [entries[c.id] for c in chosen],
         "estimate": {
             "trained_tokens": cost.trained_tokens,
             "training_hours": round(cost.hours(tflops), 3),
@@ -201,29 +230,25 @@ def main() -> None:
 
 def _prepare(study: str, store: str, set_: list[str] | None, *, inside_cell: bool = False) -> tuple[Plan, Store]:
     """Check everything that can be wrong before anything expensive starts."""
-    planned = make_plan(read_study(study, set_))
-    return planned, open_store(store, writable=True, inside_cell=inside_cell)
+    planned = None if is_stored_name(study) and not set_ else make_plan(read_study(study, set_))
+    opened = open_store(store, writable=True, inside_cell=inside_cell)
+    return planned or find_plan(opened, study), opened
 
 
-def _choose_cell(planned: Plan, variant: str, seed: int | None) -> Cell:
-    names = {c.name for c in planned.cells}
-    if variant not in names:
-        raise WrongConfiguration(f"--variant: unknown variant '{variant}': {did_you_mean(variant, names)}")
-    found = {c.seed: c for c in planned.cells if c.name == variant}
-    if seed not in found:
-        known = ", ".join(map(str, found))
-        raise WrongConfiguration(f"--seed: variant '{variant}' has the seeds {known}, but got {seed}")
-    return found[seed]
-
-
-def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":
-    from kallm.results.render import render_latex, render_rich
+def _write_results(store: Store, document: StudyDocument) -> "Table":
     from kallm.results.report import write_report
     from kallm.results.table import build_table, write_table
 
     built = build_table(store, document)
     write_table(store, document, built)
     write_report(store, document, built)
+    return built
+
+
+def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":
+    from kallm.results.render import render_latex, render_rich
+
+    built = _write_results(store, document)
     if latex:
         print(render_latex(built))
     else:

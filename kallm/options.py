@@ -1,5 +1,7 @@
 """What the commands share: arguments and options, a study's document, and the console."""
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +9,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kallm.errors import DataMismatch
+from kallm.errors import DataMismatch, WrongConfiguration
 from kallm.results.record import StudyDocument, read_record, study_key
-from kallm.store.store import Store, is_key
-from kallm.study.plan import make_plan
+from kallm.store.store import Store
+from kallm.study.plan import Plan, make_plan
 from kallm.study.study import preset_names, read_study
 
-__all__ = ["DEFAULT_STORE", "SetOption", "StoreOption", "StudyArgument", "find_document", "make_console"]
+__all__ = [
+    "DEFAULT_STORE",
+    "CellsArgument",
+    "CellsOption",
+    "SetOption",
+    "ShareOption",
+    "StoreOption",
+    "StudyArgument",
+    "find_document",
+    "find_plan",
+    "is_stored_name",
+    "make_console",
+]
 
 DEFAULT_STORE = "kallm-store"
 _PLAIN_WIDTH = 120
@@ -27,6 +41,13 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override one field, e.g. train.lr=0.0005 or seeds=[0]; repeatable")
 ]
 
+_CELLS_HELP = "all, unfinished, or labels like kan.seed-0,linear.seed-0"
+CellsArgument = Annotated[str, typer.Argument(metavar="CELLS", help=_CELLS_HELP)]
+CellsOption = Annotated[str, typer.Option("--cells", help=_CELLS_HELP)]
+ShareOption = Annotated[
+    str, typer.Option("--share", help="cell: a pod for each cell; seed: one for all variants of a seed, on one trunk")
+]
+
 
 def find_document(store: Store, study: str, set_: list[str] | None = None) -> StudyDocument:
     """Return a study's document: by its full name ``<name>.<hash>`` from the store, else by planning it.
@@ -35,15 +56,43 @@ def find_document(store: Store, study: str, set_: list[str] | None = None) -> St
         DataMismatch: what the store holds under that name is no study.
         WrongConfiguration: there is no such study.
     """
-    name, _, study_hash = study.rpartition(".")
-    if name and is_key(study) and not Path(study).exists():
+    if is_stored_name(study):
+        if set_:
+            raise WrongConfiguration(
+                f"--set changes a study, but {study} is fixed: name its preset or file instead"
+            )
+        name, _, study_hash = study.rpartition(".")
         key = study_key(name, study_hash, "study.json")
         stored = read_record(store, StudyDocument, key)
-        if stored is not None:
-            if (stored.name, stored.hash) != (name, study_hash):
-                raise DataMismatch(f"{store.address}/{key} is the document of {stored.name}.{stored.hash}; restore it")
-            return stored
+        if stored is None:
+            raise WrongConfiguration(f"there is no study {study} in {store.address}: 'kallm plan' tells a study's name")
+        if (stored.name, stored.hash) != (name, study_hash):
+            raise DataMismatch(f"{store.address}/{key} is the document of {stored.name}.{stored.hash}; restore it")
+        return stored
     return make_plan(read_study(study, set_)).document
+
+
+def find_plan(store: Store, study: str) -> Plan:
+    """Return the plan of a study that the store holds, ``<name>.<hash>``.
+
+    Raises:
+        DataMismatch: what it was planned from has changed since: a package, or the files of a folder.
+        WrongConfiguration: there is no such study.
+    """
+    document = find_document(store, study)
+    settings = {name: value for name, value in document.study.items() if name != "sources"}
+    plan = make_plan(read_study(json.dumps(settings, indent=1)))
+    if plan.document.hash != document.hash:
+        raise DataMismatch(
+            f"{study} was planned from other data: it names {document.study.get('sources')}, but here is "
+            f"{plan.document.study['sources']}; use the same versions, or plan the study anew"
+        )
+    return plan
+
+
+def is_stored_name(study: str) -> bool:
+    """Say whether a text can only be ``<name>.<hash>``, the full name of a study in a store."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9-]*\.[0-9a-f]{12}", study) is not None and not Path(study).exists()
 
 
 def make_console() -> Console:

@@ -1,12 +1,12 @@
 """What a run tells while it works: progress bars or plain lines, the heartbeat in the store, and the stop signal."""
 
 import contextlib
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from kallm.errors import ExitCode, Preempted, StorageUnavailable
+from kallm.store.sealed import seal
 from kallm.store.store import Store
 
 __all__ = ["Heartbeat", "Reporter", "Stop", "Tracker", "format_duration"]
@@ -98,6 +99,7 @@ class Tracker:
             self._reporter.bars.update(self.bar, completed=self.done)
         elif time.monotonic() - self._told > PLAIN_INTERVAL_S:
             self._tell()
+        self._reporter.write_progress()
 
     def _tell(self) -> None:
         self._told = time.monotonic()
@@ -106,10 +108,14 @@ class Tracker:
 
 
 class Reporter:
-    """Bars on a terminal, plain lines elsewhere; everything goes to standard error, and the lines are kept."""
+    """Bars on a terminal, plain lines elsewhere; everything goes to standard error, and the lines are kept.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Where ``progress_file`` is given, the percentage of the whole goes there as ``N/100``, the form that Argo reads.
+    """
+
+    def __init__(self, *, quiet: bool = False, progress_file: Path | None = None) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._file, self._percent = progress_file, 0
         self.lines: list[str] = []
         self.trackers: list[Tracker] = []
         self.bars: Progress | None = None
@@ -138,6 +144,21 @@ class Reporter:
         """Print one line and keep it for the attempt's log."""
         self.lines.append(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}")
         self.console.print(text, markup=False, soft_wrap=True)
+
+    @property
+    def fraction(self) -> float:
+        """How much of the outermost work is done, 0 to 1; inner work counts as a part of the next unit outside it."""
+        fraction = 0.0
+        for tracker in reversed(self.trackers):
+            fraction = min(1.0, (tracker.done + fraction) / max(tracker.total, 1))
+        return fraction
+
+    def write_progress(self) -> None:
+        """Tell the percentage, once it has grown, to who reads it from the file."""
+        percent = int(100 * self.fraction)
+        if self._file is not None and percent > self._percent:
+            self._percent = percent
+            self._file.write_text(f"{percent}/100\n")
 
     @contextlib.contextmanager
     def track(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Tracker]:
@@ -191,7 +212,7 @@ class Heartbeat:
         for tracker in self._reporter.trackers[self._outer :][-1:]:
             told |= {"step": tracker.done, "total": tracker.total, "rate": tracker.rate}
             told |= {"unit": tracker.unit, "eta_s": tracker.eta_s}
-        self._store.put(self._key, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+        self._store.put(self._key, seal(told))
 
 
 class _CountColumn(ProgressColumn):

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "make_receipt"]
+__all__ = ["commit", "image", "make_receipt"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "safetensors", "numpy")
 
@@ -28,11 +28,16 @@ def commit() -> dict[str, Any]:
     }
 
 
+def image() -> str | None:
+    """Return the container image that this runs in, as ``KALLM_IMAGE`` names it; None outside one."""
+    return os.environ.get("KALLM_IMAGE")
+
+
 def make_receipt(*, device: str, num_threads: int, precision: str) -> dict[str, Any]:
     """Return code, package versions and hardware; equal runs on one machine give equal receipts."""
     return {
         "code": commit(),
-        "image": os.environ.get("KALLM_IMAGE"),
+        "image": image(),
         "kallm": importlib.metadata.version("kallm"),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),

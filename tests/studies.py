@@ -1,7 +1,6 @@
 """Synthetic studies: a store full of records whose true effects are known."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from kallm.results.record import (
     study_key,
     write_items,
 )
+from kallm.store.sealed import seal
 from kallm.store.store import Store
 
 NOW = 1_800_000_000.0
@@ -226,7 +226,7 @@ def beat(store: Store, entry: CellEntry, nonce: str, at: float, phase: str = "tr
 
 
 def _put_note(store: Store, entry: CellEntry, name: str, note: dict[str, Any]) -> None:
-    store.put(cell_key(entry.id, name), json.dumps(note).encode())
+    store.put(cell_key(entry.id, name), seal(note))
 
 
 def _make_choice(

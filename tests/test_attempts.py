@@ -17,6 +17,7 @@ from kallm.results.record import TrainingRecord, cell_key, evaluation_key, read_
 from kallm.run.local import run_cells
 from kallm.run.trail import MOST_FRUITLESS, StoreClock, Trail, name_place
 from kallm.store.local import FolderStore
+from kallm.store.sealed import seal
 from kallm.study.plan import Plan, make_plan
 from kallm.study.study import read_study
 
@@ -53,7 +54,7 @@ def put_end(store: FolderStore, nonce: str, cell: str = CELL, **told: object) ->
 
 
 def put(store: FolderStore, key: str, age_s: float = 0, **told: object) -> None:
-    store.put(key, json.dumps(told).encode())
+    store.put(key, seal(told))
     then = time.time() - age_s
     os.utime(store.root / key, (then, then))
 
@@ -288,11 +289,14 @@ def test_a_torn_evaluation_that_stands_is_refused(plan: Plan, store: FolderStore
         if key.endswith(".json"):
             FolderStore.put(store, key, b"{")
 
-    with pytest.raises(DataMismatch, match="is not a EvaluationRecord"):
+    with pytest.raises(DataMismatch, match="is damaged: it is no JSON"):
         run(plan, Interposed(store.root, "evaluations", tear))
 
 
-def test_start_and_heartbeat_tell_who_works_where_and_what_for(plan: Plan, store: FolderStore) -> None:
+def test_start_and_heartbeat_tell_who_works_where_and_what_for(
+    plan: Plan, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KALLM_IMAGE", "registry/kallm@sha256:0")
     run(plan, store)
     for cell in plan.cells:
         (path,) = (store.root / cell_key(cell.id, "attempts")).glob("*.start.json")
@@ -303,4 +307,5 @@ def test_start_and_heartbeat_tell_who_works_where_and_what_for(plan: Plan, store
         assert start["reached"] == [0, 0, 0]
         assert beat["phase"] == "start"
         assert beat["code"].keys() == {"commit", "dirty"}
+        assert beat["image"] == "registry/kallm@sha256:0"
     assert [end["commits"] for end in ends(store)] == [1, 2, 2]

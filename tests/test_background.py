@@ -165,7 +165,7 @@ def test_heartbeats_go_on_in_long_calls_and_survive_a_lost_one(tmp_path: Path, m
     with Reporter(quiet=True) as reporter, reporter.track("study", 3, "cells"):
         heartbeat = Heartbeat(store, "heartbeat.json", {"nonce": "x"}, reporter)
         heartbeat.start()
-        assert json.loads(store.get("heartbeat.json") or b"").keys() == {"nonce", "at", "phase"}
+        assert json.loads(store.get("heartbeat.json") or b"").keys() == {"nonce", "at", "phase", "sha256"}
         heartbeat.phase = "train"
         with reporter.track("train", 10, "tok", done=4):
             while store.beats < 5:

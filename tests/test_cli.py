@@ -29,9 +29,11 @@ def test_help_teaches_by_example(command: str, tmp_path: Path) -> None:
         (["run", "dmeo"], "unknown study 'dmeo'"),
         (["plan", "demo", "--set", "train.tokens=0"], "train.tokens: input should be greater than 0"),
         (["plan", "demo", "--set", "trian.tokens=1"], "unknown key 'trian': known are"),
-        (["cell", "demo", "--variant", "kam", "--seed", "0"], "--variant: unknown variant 'kam': known are"),
-        (["cell", "demo", "--variant", "kan", "--seed", "9"], "--seed: variant 'kan' has the seeds 0, 1, 2, but got 9"),
-        (["cell", "demo", "--variant", "kan"], "--seed: variant 'kan' has the seeds 0, 1, 2, but got None"),
+        (["plan", "demo", "--cells", "kam.seed-0"], "study 'demo' has no cell 'kam.seed-0': known are baseline,"),
+        (["plan", "demo", "--cells", ","], "no cell is named: expected all, unfinished, or labels"),
+        (["plan", "demo", "--share", "sead"], "--share: unknown 'sead': known are cell, seed. Did you mean 'seed'?"),
+        (["table", "demo.0123456789ab", "--store", ".", "--set", "seeds=[0]"], "--set changes a study, but"),
+        (["status", "demo.0123456789ab", "--store", "."], "there is no study demo.0123456789ab in /"),
         (["run", "demo", "--store", "/proc/nothing"], "/proc/nothing"),
         (["run", "demo", "--store", "s4://bucket"], "s4"),
         (["run", "demo", "--sat", "a=1"], "No such option"),
@@ -65,10 +67,10 @@ def test_a_study_comes_from_standard_input_too(study_text: str, tmp_path: Path) 
 
 def test_cell_then_plan_status_and_table_tell_what_is_missing(study_text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(study_text)
-    done = kallm("cell", "mine.yaml", "--variant", "small-kan", "--seed", "0", cwd=tmp_path)
+    done = kallm("cell", "mine.yaml", "small-kan.seed-0", "--table", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cell = done.stdout.strip()
-    planned = json.loads(kallm("plan", "mine.yaml", "--unfinished", cwd=tmp_path).stdout)
+    planned = json.loads(kallm("plan", "mine.yaml", "--cells", "unfinished", cwd=tmp_path).stdout)
     assert [c["variant"] for c in planned["cells"]] == ["baseline", "linear"]
     told = kallm("status", "mine.yaml", cwd=tmp_path)
     assert told.returncode == 0
@@ -82,6 +84,25 @@ def test_cell_then_plan_status_and_table_tell_what_is_missing(study_text: str, t
     (folder,) = (tmp_path / "kallm-store" / "studies").iterdir()
     assert {"study.json", "table.json", "table.csv", "table.md", "report.html"} == {p.name for p in folder.iterdir()}
     assert cell in (folder / "table.json").read_text()
+
+
+def test_a_plan_says_which_pod_runs_what_and_a_cell_of_a_stored_study_needs_no_file(
+    study_text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(study_text)
+    done = kallm("plan", "mine.yaml", "--pods", "pods.json", "--share", "seed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "pods.json").read_text()) == [
+        {"name": "baseline", "cells": "baseline", "variant": "baseline", "seed": "none"},
+        {"name": "seed-0", "cells": "linear.seed-0,small-kan.seed-0", "variant": "all", "seed": "0"},
+    ]
+    (tmp_path / "mine.yaml").unlink()
+    study = json.loads(done.stdout)["study"]
+    ran = kallm("cell", study, "baseline,linear.seed-0", "--progress-file", "percent", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert [line.rpartition(".")[0] for line in ran.stdout.splitlines()] == ["baseline", "linear.seed-0"]
+    assert (tmp_path / "percent").read_text() == "100/100\n"
+    assert "linear" in kallm("status", study, cwd=tmp_path).stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Commits are whole or absent, say the same when repeated, and are never believed without their hashes."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from kallm.errors import DataMismatch, StorageUnavailable
 from kallm.store.commit import Manifest, commit, fetch, list_manifests, read_manifest
 from kallm.store.local import FolderStore
+from kallm.store.sealed import seal, unseal
 from kallm.store.store import Entry, Store
 
 pytest_plugins = ["stores"]
@@ -91,11 +94,14 @@ def test_the_manifest_is_written_in_one_way(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     commit(store, "p", {"a": path}, {"z": 1, "b": (1, 2)})
     # the SHA-256 of "abc" is the example of FIPS 180-2, appendix B.1
-    assert store.get("p/manifest.json") == (
+    whole = (
         b'{\n  "files": {\n    "a": {\n      "sha256": '
         b'"ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",\n      "size": 3\n    }\n  },\n'
         b'  "format": 1,\n  "meta": {\n    "b": [\n      1,\n      2\n    ],\n    "z": 1\n  },\n  "prefix": "p"\n}\n'
     )
+    compact = json.dumps(json.loads(whole), sort_keys=True, separators=(",", ":")).encode()
+    own = b',\n  "sha256": "%s"\n}\n' % hashlib.sha256(compact).hexdigest().encode()
+    assert store.get("p/manifest.json") == whole.removesuffix(b"\n}\n") + own
 
 
 def test_a_second_commit_does_nothing_and_another_is_refused(store: Store, files: dict[str, Path]) -> None:
@@ -174,16 +180,22 @@ def test_good_local_files_are_kept_and_bad_ones_replaced(files: dict[str, Path],
     assert paths["model.safetensors"].stat() == kept
 
 
+_MANIFEST = {"format": 1, "prefix": "p", "files": {}, "meta": {}}
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "the whole: Invalid JSON"),
-        (b"{", "the whole: Invalid JSON"),
-        (b'{"format": 2, "prefix": "p", "files": {}, "meta": {}}', "format: Input should be 1"),
-        (b'{"format": 1, "prefix": "p", "files": {}}', "meta: Field required"),
-        (b'{"format": 1, "prefix": "q", "files": {}, "meta": {}}', "is the manifest of 'q'"),
-        (b'{"format": 1, "prefix": "p", "files": {"../a": {"sha256": "%064d", "size": 1}}, "meta": {}}' % 0, "'../a'"),
-        (b'{"format": 1, "prefix": "p", "files": {"a": {"sha256": "A", "size": 1}}, "meta": {}}', "files.a.sha256"),
+        (b"", "is damaged: it is no JSON"),
+        (b"{", "is damaged: it is no JSON"),
+        (b"[]", "is damaged: it carries no hash of its own"),
+        (b'{"format": 1, "prefix": "p", "files": {}, "meta": {}}', "is damaged: it carries no hash of its own"),
+        (seal({"format": 1, "prefix": "p", "files": {}, "meta": {}})[:-1], "not the one that its own hash names"),
+        (seal({"format": 2, "prefix": "p", "files": {}, "meta": {}}), "format: Input should be 1"),
+        (seal({"format": 1, "prefix": "p", "files": {}}), "meta: Field required"),
+        (seal({"format": 1, "prefix": "q", "files": {}, "meta": {}}), "is the manifest of 'q'"),
+        (seal(_MANIFEST | {"files": {"../a": {"sha256": "0" * 64, "size": 1}}}), "'../a'"),
+        (seal(_MANIFEST | {"files": {"a": {"sha256": "A", "size": 1}}}), "files.a.sha256"),
     ],
 )
 def test_what_is_no_manifest_is_refused_by_name(tmp_path: Path, data: bytes, reason: str) -> None:
@@ -197,5 +209,5 @@ def test_what_is_no_manifest_is_refused_by_name(tmp_path: Path, data: bytes, rea
 
 def test_a_manifest_equals_what_its_bytes_say(files: dict[str, Path], tmp_path: Path) -> None:
     manifest = commit(FolderStore(tmp_path / "store"), "p", files, {"pair": (1, 2)})
-    assert Manifest.model_validate_json(manifest.to_bytes()) == manifest
+    assert Manifest.model_validate(unseal(manifest.to_bytes(), "it")) == manifest
     assert manifest.meta == {"pair": [1, 2]}

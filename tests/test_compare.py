@@ -9,19 +9,19 @@ from click.testing import Result
 from finished_study import Finished, contents
 from typer.testing import CliRunner
 
-from kallm.commands import attach
+from kallm.commands.stored import attach
 from kallm.errors import DataMismatch, WrongConfiguration
 from kallm.results.compare import compare_studies
 from kallm.results.logs import find_cell, read_attempts, render_attempt
 from kallm.results.record import CellEntry, StudyDocument
 from kallm.store.local import FolderStore
+from kallm.store.sealed import seal, unseal
 
 pytest_plugins = ["finished"]
 
 
 def change(path: Path, **changes: object) -> None:
-    value = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    path.write_bytes(seal(unseal(path.read_bytes(), path.name) | changes))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_cell_that_is_only_in_one_study_is_a_difference(finished: Finished, or
 def test_logs_are_found_by_the_beginning_of_a_cells_id_and_tell_how_each_attempt_ended(finished: Finished) -> None:
     store, cell = finished.store, finished.cell
     nonce = "9999999999-dead"
-    store.put(f"cells/{cell}/attempts/{nonce}.start.json", b'{"nonce": "x", "started": 9999999999, "host": "far"}')
+    store.put(f"cells/{cell}/attempts/{nonce}.start.json", seal({"nonce": "x", "started": 9999999999, "host": "far"}))
     first, last = read_attempts(store, find_cell(store, "linear.seed"))
     assert first.log == finished.find("logs/*.txt").read_text()
     told = render_attempt(first, 1, 2).splitlines()
@@ -116,7 +116,7 @@ def test_the_commands_end_well_where_all_is_equal_and_with_a_mismatch_where_not(
     assert equal.stdout.endswith("figures equal, 0 different\n")
     whole = invoke("verify", study, "--store", mine)
     assert whole.exception is None
-    assert "17 objects read, each as its record names it" in whole.stdout
+    assert "26 objects read, each as its record names it" in whole.stdout
     change(finished.find("trained.json"), steps=1)
     different = invoke("compare", study, study, "--store", mine, "--store-b", other)
     assert repr(different.exception) == "DataMismatch('1 figure of A and B differ')"

@@ -13,6 +13,7 @@ from kallm.results.record import cell_key
 from kallm.results.verify import verify_study
 from kallm.store.copy import copy_objects
 from kallm.store.local import FolderStore
+from kallm.store.sealed import seal, unseal
 from kallm.store.store import Store
 
 pytest_plugins = ["finished", "stores"]
@@ -71,8 +72,8 @@ def test_broken_off_at_every_write_and_continued_it_is_whole(finished: Finished,
 def test_another_record_in_the_target_is_named_and_nothing_is_written(finished: Finished, tmp_path: Path) -> None:
     target = FolderStore(tmp_path / "b")
     key = cell_key(finished.cell, "trained.json")
-    record = finished.store.get(key)
-    target.put(key, record.replace(b'"seconds": ', b'"seconds": 1'))
+    record = unseal(finished.store.get(key), key)
+    target.put(key, seal(record | {"seconds": 1.0}))
     before = contents(target.root)
     with pytest.raises(DataMismatch, match=f"{key} is another record"):
         copy(finished.store, target, finished)

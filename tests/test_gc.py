@@ -9,13 +9,14 @@ import typer
 from finished_study import Finished, contents
 from typer.testing import CliRunner
 
-from kallm.commands import attach
+from kallm.commands.stored import attach
 from kallm.results.inventory import find_unnamed
 from kallm.results.record import cell_key
 from kallm.results.verify import verify_study
 from kallm.store.gc import DAY_S, find_leftovers, read_clock, remove_leftover
 from kallm.store.local import FolderStore
 from kallm.store.s3 import S3Store
+from kallm.store.sealed import seal, unseal
 from kallm.store.store import Store
 
 pytest_plugins = ["finished", "stores"]
@@ -103,7 +104,9 @@ def test_weights_of_the_process_that_came_second_go_manifest_first(finished: Fin
     second = own.with_name("second")
     second.mkdir()
     for name in ("weights.safetensors", "manifest.json"):
-        (second / name).write_bytes((own / name).read_bytes().replace(own.name.encode(), b"second"))
+        (second / name).write_bytes((own / name).read_bytes())
+    manifest = unseal((own / "manifest.json").read_bytes(), "manifest.json")
+    (second / "manifest.json").write_bytes(seal(manifest | {"prefix": cell_key(finished.cell, "weights/second")}))
     unnamed, _ = find_unnamed(finished.store)
     prefix = cell_key(finished.cell, "weights/second")
     assert [entry.key for entry, _ in unnamed] == [f"{prefix}/manifest.json", f"{prefix}/weights.safetensors"]

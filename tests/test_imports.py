@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "kallm"
 ROOMS = [
     "errors", "store", "progress", "receipt", "kan", "model", "data", "train", "evaluate", "results", "study", "run",
-    "options", "commands", "cli",
+    "cluster", "options", "commands", "cli",
 ]  # fmt: skip
 
 

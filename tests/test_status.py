@@ -96,7 +96,7 @@ def test_junk_among_the_notes_changes_nothing(store, junk):
 
 def test_a_broken_training_record_is_refused(store):
     store.put(cell_key(KAN.id, "trained.json"), b"{}")
-    with pytest.raises(DataMismatch, match=r"trained\.json is not a TrainingRecord"):
+    with pytest.raises(DataMismatch, match=r"trained\.json is damaged: it carries no hash of its own"):
         read_status(store, STUDY.document, NOW)
 
 

@@ -7,7 +7,8 @@ import pytest
 from finished_study import Finished, contents
 
 from kallm.results.record import cell_key, study_key
-from kallm.results.verify import hash_value, verify_study
+from kallm.results.verify import verify_study
+from kallm.store.sealed import seal, short_hash, unseal
 
 pytest_plugins = ["finished", "stores"]
 
@@ -33,8 +34,8 @@ def test_a_finished_study_has_no_differences_and_nothing_is_changed(finished: Fi
     before = contents(finished.folder)
     differences, num_objects = verify_study(finished.store, finished.document)
     assert differences == []
-    # study, table; identity and evaluation and items of each cell; record, manifest and weights of two
-    assert num_objects == 2 + 3 * 3 + 2 * 3
+    # study, table; identity, start, end, heartbeat, evaluation and items of each; record, manifest and weights of two
+    assert num_objects == 2 + 3 * 6 + 2 * 3
     assert contents(finished.folder) == before
 
 
@@ -94,9 +95,9 @@ def test_a_changed_figure_of_the_table_is_told_with_both_values(finished: Finish
 
 def test_a_record_that_is_well_formed_but_changed_is_told_by_the_table(finished: Finished) -> None:
     path = finished.find("trained.json")
-    record = json.loads(path.read_text())
+    record = unseal(path.read_bytes(), path.name)
     record["loss_history"][0][1] += 0.5
-    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    path.write_bytes(seal(record))
     (difference,) = verify_study(finished.store, finished.document)[0]
     assert difference.startswith(f"{cell_key(finished.cell, 'trained.json')}: its SHA-256 is ")
 
@@ -110,6 +111,6 @@ def test_an_unfinished_study_without_a_table_has_no_differences(finished: Finish
 
 
 def test_the_hash_is_the_one_that_names_cells_and_studies(finished: Finished) -> None:
-    identity = json.loads(finished.find("cell.json").read_text())
+    identity = unseal(finished.find("cell.json").read_bytes(), "cell.json")
     del identity["variant"]
-    assert hash_value(identity) == finished.cell.rpartition(".")[2]
+    assert short_hash(identity) == finished.cell.rpartition(".")[2]

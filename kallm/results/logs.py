@@ -1,12 +1,10 @@
 """What the attempts at a cell left: when each began, how it ended, and its log; read from the store alone."""
 
-from typing import TypeVar
-
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from kallm.errors import WrongConfiguration, did_you_mean
 from kallm.progress import format_duration
-from kallm.results.record import cell_key
+from kallm.results.record import cell_key, read_note
 from kallm.store.store import Store, is_key
 
 __all__ = ["AttemptLog", "find_cell", "read_attempts", "render_attempt"]
@@ -69,8 +67,8 @@ def read_attempts(store: Store, cell: str) -> list[AttemptLog]:
     found = [
         AttemptLog(
             nonce=nonce,
-            start=_read(store, f"{folder}{nonce}.start.json", _Start),
-            end=_read(store, f"{folder}{nonce}.end.json", _End),
+            start=read_note(store, f"{folder}{nonce}.start.json", _Start),
+            end=read_note(store, f"{folder}{nonce}.end.json", _End),
             log=_decode(store.get(cell_key(cell, "logs", f"{nonce}.txt"))),
         )
         for nonce in nonces
@@ -92,17 +90,6 @@ def render_attempt(attempt: AttemptLog, number: int, total: int) -> str:
         parts.append(f"exit {attempt.end.exit}{took}{reason}")
     log = attempt.log if attempt.log is not None else "no log: it is written at the end"
     return "\n".join([" · ".join(parts), *(f"    {line}" for line in log.splitlines())])
-
-
-_Kind = TypeVar("_Kind", bound=_Note)
-
-
-def _read(store: Store, key: str, kind: type[_Kind]) -> _Kind | None:
-    data = store.get(key)
-    try:
-        return None if data is None else kind.model_validate_json(data)
-    except ValidationError:
-        return None
 
 
 def _decode(data: bytes | None) -> str | None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kallm.errors import DataMismatch
 from kallm.evaluate.score import Score
+from kallm.store.sealed import seal, unseal
 from kallm.store.store import Store
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "evaluation_key",
     "parse_record",
     "read_items",
+    "read_note",
     "read_record",
+    "record_study",
     "study_key",
     "write_items",
 ]
@@ -37,8 +40,8 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_bytes(self) -> bytes:
-        """Return the record as canonical JSON: sorted keys, two spaces, one final newline."""
-        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
+        """Return the record as canonical JSON that carries its own hash."""
+        return seal(self.model_dump(mode="json"))
 
 
 class Parameters(_Frozen):
@@ -129,6 +132,7 @@ class EvaluationRecord(_Frozen):
 
 Items = list[dict[str, Any]]
 _Record = TypeVar("_Record", bound=_Frozen)
+_Note = TypeVar("_Note", bound=BaseModel)
 
 
 def cell_key(cell: str, *parts: str) -> str:
@@ -153,7 +157,7 @@ def parse_record(kind: type[_Record], data: bytes, key: str) -> _Record:
         DataMismatch: the bytes are not such a record.
     """
     try:
-        return kind.model_validate_json(data)
+        return kind.model_validate(unseal(data, key))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
@@ -168,6 +172,31 @@ def read_record(store: Store, kind: type[_Record], key: str) -> _Record | None:
     """
     data = store.get(key)
     return None if data is None else parse_record(kind, data, key)
+
+
+def record_study(store: Store, document: StudyDocument) -> None:
+    """Leave ``study.json``, which the table and every reader start from.
+
+    Raises:
+        DataMismatch: what stands there is damaged.
+    """
+    key = study_key(document.name, document.hash, "study.json")
+    if not store.create(key, document.to_bytes()):
+        read_record(store, StudyDocument, key)
+
+
+def read_note(store: Store, key: str, kind: type[_Note]) -> _Note | None:
+    """Read a passing note (a heartbeat, an attempt's start or end); None where there is none.
+
+    A damaged note is as good as none: notes are no records, and nothing rests on one alone. ``kallm verify`` names it.
+    """
+    data = store.get(key)
+    if data is None:
+        return None
+    try:
+        return kind.model_validate(unseal(data, key))
+    except (DataMismatch, ValidationError):
+        return None
 
 
 def write_items(items: Iterable[dict[str, Any]]) -> bytes:

@@ -1,9 +1,9 @@
 """Where every cell of a study stands, read from the store alone."""
 
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -15,6 +15,7 @@ from kallm.results.record import (
     TrainingRecord,
     cell_key,
     evaluation_key,
+    read_note,
     read_record,
 )
 from kallm.store.store import Store
@@ -170,28 +171,14 @@ def _read_trace(store: Store, cell: str) -> _Trace:
     for found in store.list(prefix):
         name = found.key.removeprefix(prefix)
         if name.endswith(".start.json"):
-            start = _read(store, found.key, _Start)
+            start = read_note(store, found.key, _Start)
             if start is not None and name == f"{start.nonce}.start.json":
                 starts[start.nonce] = start
         elif name.endswith(".end.json"):
-            end = _read(store, found.key, _End)
+            end = read_note(store, found.key, _End)
             if end is not None and name == f"{end.nonce}.end.json":
                 ends[end.nonce] = end
-    return _Trace(starts=starts, ends=ends, beat=_read(store, cell_key(cell, "heartbeat.json"), _Beat))
-
-
-_Model = TypeVar("_Model", bound=_Read)
-
-
-def _read(store: Store, key: str, kind: type[_Model]) -> _Model | None:
-    """Return what a passing note says, or None where it is none: notes are no records, a torn one decides nothing."""
-    data = store.get(key)
-    if data is None:
-        return None
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError:
-        return None
+    return _Trace(starts=starts, ends=ends, beat=read_note(store, cell_key(cell, "heartbeat.json"), _Beat))
 
 
 def render_status(statuses: list[CellStatus]) -> RichTable:

@@ -1,7 +1,8 @@
 """A study read again from the store: every size, every SHA-256, and the table computed anew.
 
 What a record or a manifest names is checked against it; records are checked against the stored table, which keeps their
-hashes; the table is checked against the records. What is in none of these (logs, metrics, attempts) is not looked at.
+hashes; the table is checked against the records. Notes (attempts, the
+heartbeat) carry their own hashes; what carries none and is named nowhere (logs, metrics) is not looked at.
 """
 
 import hashlib
@@ -27,11 +28,10 @@ from kallm.results.render import render_csv, render_markdown
 from kallm.results.schema import Table
 from kallm.results.table import build_table
 from kallm.store.commit import Manifest, fetch, list_manifests, manifest_key, read_manifest
+from kallm.store.sealed import short_hash, unseal
 from kallm.store.store import Store, is_key
 
-__all__ = ["hash_value", "verify_study"]
-
-_HASH_LENGTH = 12
+__all__ = ["verify_study"]
 
 
 def verify_study(
@@ -67,12 +67,6 @@ def verify_study(
     return reading.differences, reading.num_objects
 
 
-def hash_value(value: Any) -> str:
-    """Return the short hash of a JSON value, as it stands in the names of cells and studies."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]
-
-
 _Kind = TypeVar("_Kind", StudyDocument, TrainingRecord, EvaluationRecord)
 
 
@@ -104,9 +98,16 @@ class _Reading:
         except DataMismatch as error:
             self.tell(key, str(error).removeprefix(f"{key} "))
             return None
-        if record.to_bytes() != data:
-            self.tell(key, "is not written as KALLM writes it")
         return record
+
+    def read_note(self, key: str) -> dict[str, Any] | None:
+        """Read what carries its own hash and is no record; None where it is absent or damaged."""
+        data = self.get(key)
+        try:
+            return None if data is None else unseal(data, key)
+        except DataMismatch as error:
+            self.tell(key, str(error).removeprefix(f"{key} "))
+            return None
 
     def read_table(self, key: str) -> Table | None:
         """Read the stored table; None where it is absent or malformed."""
@@ -120,11 +121,13 @@ class _Reading:
 
     def verify_cell(self, document: StudyDocument, cell: str, told: dict[str, str]) -> None:
         """Read a cell's identity, its records and what they name, and the checkpoints that are still there."""
-        identity = self.get(cell_key(cell, "cell.json"))
+        identity = self.read_note(cell_key(cell, "cell.json"))
         if identity is not None and not _is_identity(identity, cell):
             self.tell(
                 cell_key(cell, "cell.json"), f"does not have the hash {cell.rpartition('.')[2]} of the cell's name"
             )
+        for note in [*self.store.list(cell_key(cell, "attempts/")), *self.store.list(cell_key(cell, "heartbeat.json"))]:
+            self.read_note(note.key)
         key = cell_key(cell, "trained.json")
         training = self.read(TrainingRecord, key, told.get(key))
         if training is not None and training.outcome == "trained":
@@ -166,8 +169,6 @@ class _Reading:
             yield f"{key}: is missing"
             return
         self.num_objects += 1
-        if manifest.to_bytes() != self.store.get(key):
-            yield f"{key}: is not written as KALLM writes it"
         if sha256 is not None and {file.sha256 for file in manifest.files.values()} != {sha256}:
             yield f"{key}: names other weights than the cell's record"
         for name in manifest.files:
@@ -193,19 +194,13 @@ def _check_study(stored: StudyDocument, document: StudyDocument, key: str) -> It
         "cells": [entry.id for entry in stored.cells],
         "suites": [suite.id for suite in stored.suites],
     }
-    if (stored.name, stored.hash) != (document.name, document.hash) or hash_value(value) != document.hash:
+    if (stored.name, stored.hash) != (document.name, document.hash) or short_hash(value) != document.hash:
         yield f"{key}: does not have the hash {document.hash} of the study's name"
 
 
-def _is_identity(data: bytes, cell: str) -> bool:
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return False
-    if not isinstance(value, dict) or data.decode() != json.dumps(value, indent=2, sort_keys=True) + "\n":
-        return False
+def _is_identity(value: dict[str, Any], cell: str) -> bool:
     variant = value.pop("variant", None)
-    return cell.split(".")[0] == variant and hash_value(value) == cell.rpartition(".")[2]
+    return cell.split(".")[0] == variant and short_hash(value) == cell.rpartition(".")[2]
 
 
 def _compare_tables(store: Store, document: StudyDocument) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """One process at work on a cell: when it began, that it lives, how it ended, and its log."""
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -11,9 +10,10 @@ from typing import Any
 
 from kallm.errors import ExitCode, KallmError, StorageUnavailable
 from kallm.progress import Heartbeat, Reporter
-from kallm.receipt import commit
+from kallm.receipt import commit, image
 from kallm.results.record import cell_key
 from kallm.run.trail import Reached, StoreClock, Trail, name_place
+from kallm.store.sealed import seal
 from kallm.store.store import Store
 from kallm.study.plan import Cell
 
@@ -41,7 +41,7 @@ class Attempt:
         """
         start = {"nonce": self.nonce, "started": time.time(), "place": name_place(), "reached": self._reached}
         key = self._key("start")
-        self._store.create(key, _to_bytes(start | _whereabouts()))
+        self._store.create(key, seal(start | _whereabouts()))
         if Trail(self._store, self._cell.id).find_rival(clock, own=self.nonce) is None:
             return True
         self._store.delete(key)
@@ -49,7 +49,7 @@ class Attempt:
 
     def __enter__(self) -> "Attempt":
         self._store.create(
-            cell_key(self._cell.id, "cell.json"), _to_bytes(self._cell.identity | {"variant": self._cell.name})
+            cell_key(self._cell.id, "cell.json"), seal(self._cell.identity | {"variant": self._cell.name})
         )
         self.heartbeat.start()
         return self
@@ -64,7 +64,7 @@ class Attempt:
         with _unless_under_way(error):
             self._store.put(cell_key(self._cell.id, "logs", f"{self.nonce}.txt"), log.encode())
         with _unless_under_way(error):
-            self._store.create(self._key("end"), _to_bytes(end))
+            self._store.create(self._key("end"), seal(end))
 
     def _key(self, moment: str) -> str:
         return cell_key(self._cell.id, "attempts", f"{self.nonce}.{moment}.json")
@@ -75,7 +75,7 @@ def _unless_under_way(error: BaseException | None) -> contextlib.AbstractContext
 
 
 def _whereabouts() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "code": commit()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "code": commit(), "image": image()}
 
 
 def _describe(error: BaseException | None) -> dict[str, Any]:
@@ -87,7 +87,3 @@ def _describe(error: BaseException | None) -> dict[str, Any]:
     name, told = type(error).__name__, str(error).partition("\n")[0]
     code = ExitCode.OUT_OF_MEMORY if name in ("MemoryError", "OutOfMemoryError") else ExitCode.INTERNAL
     return {"exit": int(code), "reason": f"{name}: {told}" if told else name}
-
-
-def _to_bytes(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -60,14 +60,17 @@ def run_cell(
         return True
     trail = Trail(store, cell.id)
     trail.check_patience()
-    attempt = Attempt(cell, store, reporter, trail.reached)
-    if not attempt.claim(clock):
-        return False
-    with attempt, materials.autocast():
-        tail, weights = _trained_tail(cell, store, materials, reporter, stop, attempt, shared=shared)
-        for suite_id in materials.plan.suites:
-            if store.get(evaluation_key(cell.id, suite_id)) is None:
-                _evaluate(cell, suite_id, tail, weights, store, materials, reporter, stop, attempt)
+    with reporter.track(cell.label, 1 + len(materials.plan.suites), "parts") as parts:
+        attempt = Attempt(cell, store, reporter, trail.reached)
+        if not attempt.claim(clock):
+            return False
+        with attempt, materials.autocast():
+            tail, weights = _trained_tail(cell, store, materials, reporter, stop, attempt, shared=shared)
+            parts.advance()
+            for suite_id in materials.plan.suites:
+                if store.get(evaluation_key(cell.id, suite_id)) is None:
+                    _evaluate(cell, suite_id, tail, weights, store, materials, reporter, stop, attempt)
+                parts.advance()
     return True
 
 

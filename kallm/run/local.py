@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from kallm.errors import Diverged, GaveUp
 from kallm.progress import Reporter, Stop, Tracker
-from kallm.results.record import study_key
+from kallm.results.record import record_study
 from kallm.run.cell import run_cell
 from kallm.run.finished import is_finished
 from kallm.run.materials import Materials
@@ -13,12 +13,7 @@ from kallm.run.queue import WAIT_S, Queue
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan
 
-__all__ = ["record_study", "run_cells"]
-
-
-def record_study(store: Store, plan: Plan) -> None:
-    """Leave ``study.json``, which the table and every reader start from."""
-    store.create(study_key(plan.document.name, plan.document.hash, "study.json"), plan.document.to_bytes())
+__all__ = ["run_cells"]
 
 
 def run_cells(
@@ -43,7 +38,7 @@ def run_cells(
         Preempted: a stop was requested; what was done is saved.
         GaveUp: all others are finished, but some cells gave up.
     """
-    record_study(store, plan)
+    record_study(store, plan.document)
     open_cells = [cell for cell in cells if not is_finished(store, cell, list(plan.suites))]
     if not open_cells:
         reporter.say(f"all {len(cells)} cells are finished: nothing to train, nothing to evaluate")

@@ -4,15 +4,15 @@ import functools
 import os
 import socket
 import time
-import uuid
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from kallm.errors import ExitCode, GaveUp
-from kallm.results.record import cell_key
+from kallm.results.record import cell_key, read_note
 from kallm.results.status import STALE_AFTER_S
+from kallm.store.gc import read_clock
 from kallm.store.store import Entry, Store
 
 __all__ = ["MOST_FRUITLESS", "Reached", "StoreClock", "Trail", "name_place"]
@@ -61,12 +61,7 @@ class StoreClock:
 
     @functools.cached_property
     def _offset(self) -> float:
-        key = f".probe/clock-{uuid.uuid4().hex}"
-        self._store.put(key, b"")
-        modified = [entry.modified for entry in self._store.list(key)]
-        self._store.delete(key)
-        assert modified, f"{key} was just written"
-        return modified[0] - time.monotonic()
+        return read_clock(self._store) - time.monotonic()
 
 
 class Trail:
@@ -154,14 +149,7 @@ class Trail:
         return max(signs)
 
     def _read(self, name: str, kind: type[_AnyNote]) -> _AnyNote | None:
-        """Return what a note says; None where there is none, or a torn one, which decides nothing."""
-        data = self._store.get(cell_key(self._cell, name)) if name in self._entries else None
-        if data is None:
-            return None
-        try:
-            return kind.model_validate_json(data)
-        except ValidationError:
-            return None
+        return read_note(self._store, cell_key(self._cell, name), kind) if name in self._entries else None
 
 
 @functools.cache

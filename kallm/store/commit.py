@@ -1,7 +1,6 @@
 """Commits: files first, and last one manifest that names them all; what has no manifest was never written."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kallm.errors import DataMismatch
 from kallm.store.local import naming_disk_errors
+from kallm.store.sealed import seal, unseal
 from kallm.store.store import Store, is_key
 
 __all__ = ["FileEntry", "Manifest", "commit", "fetch", "list_manifests", "manifest_key", "read_manifest"]
@@ -45,8 +45,8 @@ class Manifest(BaseModel):
         return files
 
     def to_bytes(self) -> bytes:
-        """Return the manifest as canonical JSON: sorted keys, two spaces, one final newline."""
-        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+        """Return the manifest as canonical JSON that carries its own hash."""
+        return seal(self.model_dump(mode="json"))
 
 
 def manifest_key(prefix: str) -> str:
@@ -79,7 +79,7 @@ def commit(store: Store, prefix: str, files: Mapping[str, Path], meta: Mapping[s
             store.upload(path, f"{prefix}/{name}")
     if standing != data and not (standing is None and store.create(key, data)):
         raise DataMismatch(f"{store.address}/{key} stands already with other content; commit under another prefix")
-    return Manifest.model_validate_json(data)
+    return Manifest.model_validate(unseal(data, key))
 
 
 def read_manifest(store: Store, prefix: str) -> Manifest | None:
@@ -93,7 +93,7 @@ def read_manifest(store: Store, prefix: str) -> Manifest | None:
     if data is None:
         return None
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate(unseal(data, f"{store.address}/{key}"))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole"

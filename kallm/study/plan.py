@@ -1,7 +1,5 @@
 """From a study to its cells: identities, counts and what it will cost. Imports no torch, loads no weights."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +8,7 @@ from kallm.errors import WrongConfiguration
 from kallm.evaluate.suites import SuiteSettings
 from kallm.model.sources import ModelFacts, look_up_model
 from kallm.results.record import CellEntry, Parameters, StudyDocument, SuiteEntry
+from kallm.store.sealed import short_hash
 from kallm.study.study import Study, Variant
 
 __all__ = ["NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan"]
@@ -17,7 +16,6 @@ __all__ = ["NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan"]
 NUMERICS = 1
 """Counts up when the code changes a trained weight: cells trained before keep their own keys."""
 
-_HASH_LENGTH = 12
 _DEMONSTRATION_TOKENS = 1_000_000
 
 
@@ -36,7 +34,7 @@ class Cell:
     @property
     def hash(self) -> str:
         """Hash of the identity."""
-        return _hash(self.identity)
+        return short_hash(self.identity)
 
     @property
     def id(self) -> str:
@@ -54,6 +52,7 @@ class Plan:
     """A study with its sources resolved and its cells named."""
 
     study: Study
+    """With its hub sources pinned to commits."""
     model: ModelFacts
     num_tail_blocks: int
     dialogues: str
@@ -92,17 +91,28 @@ def make_plan(study: Study) -> Plan:
             f"tail: {num_tail_blocks} blocks are more than the {model.num_blocks} of {study.model}; lower tail"
         )
     source, identity = identify_dialogues(study.dialogues.source)
+    study = _pin(study, model.source, source)
     cells = tuple(
         _cell(study, model, num_tail_blocks, identity, name, seed)
         for name, variant in study.variants.items()
         for seed in (study.seeds if variant.trained else (None,))
     )
     suites = {
-        f"{name}.{_hash(settings.identity(dialogues=identity, heldout=study.dialogues.heldout))}": settings
+        f"{name}.{short_hash(settings.identity(dialogues=identity, heldout=study.dialogues.heldout))}": settings
         for name, settings in study.suites.items()
     }
     document = _document(study, model, cells, suites, {"model": model.identity, "dialogues": identity})
     return Plan(study, model, num_tail_blocks, source, identity, cells, suites, document)
+
+
+def _pin(study: Study, model: str, dialogues: str) -> Study:
+    """Return a study that names commits where it named a hub's moving branches; it has the same cells for ever."""
+    pinned: dict[str, Any] = {}
+    if study.model.startswith("hub:"):
+        pinned["model"] = model
+    if study.dialogues.source.startswith("hub:"):
+        pinned["dialogues"] = study.dialogues.model_copy(update={"source": dialogues})
+    return study.model_copy(update=pinned)
 
 
 def estimate_cost(plan: Plan, cells: tuple[Cell, ...]) -> Cost:
@@ -186,7 +196,7 @@ def _document(
     settings = study.model_dump(mode="json")
     return StudyDocument(
         name=study.name,
-        hash=_hash(
+        hash=short_hash(
             {"study": settings, "sources": sources, "cells": [entry.id for entry in entries], "suites": [*suites]}
         ),
         study=settings | {"sources": sources},
@@ -196,8 +206,3 @@ def _document(
         contrasts=contrasts,
         notes=notes,
     )
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]

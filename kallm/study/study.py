@@ -118,7 +118,7 @@ class Study(_Settings):
 
     @model_validator(mode="after")
     def _contrasts_exist(self) -> "Study":
-        if "contrasts" in self.statistics.model_fields_set:
+        if self.statistics.contrasts != StatisticsSettings().contrasts:  # of those, a study tests what it has
             for name in {name for pair in self.statistics.contrasts for name in pair} - set(self.variants):
                 raise ValueError(f"statistics.contrasts: unknown variant '{name}': {did_you_mean(name, self.variants)}")
         return self

@@ -1,0 +1,1 @@
+"""Studies on Kubernetes: the Argo workflow, Jobs, and the rules of a site."""

@@ -1,0 +1,1 @@
+"""The program's commands, by what they look after: stored results, clusters."""
