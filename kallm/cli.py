@@ -1,6 +1,8 @@
 """The program ``kallm``: parse, call, print; nothing else."""
 
+import contextlib
 import json
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +24,7 @@ from kallm.options import (
     DEFAULT_STORE,
     CellsArgument,
     CellsOption,
+    GraceOption,
     SetOption,
     ShareOption,
     StoreOption,
@@ -31,7 +34,7 @@ from kallm.options import (
     is_stored_name,
     make_console,
 )
-from kallm.progress import Reporter, Stop, format_duration
+from kallm.progress import GRACE_S, Reporter, Stop, format_duration
 from kallm.results.record import StudyDocument, record_study, study_key
 from kallm.run.selection import group_cells, parse_share, select_cells
 from kallm.store.opening import open_store
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from kallm.results.table import Table
 
 __all__ = ["main"]
+
+_WATCH_S = 5.0
 
 app = typer.Typer(
     help="Replace the last feed-forward networks of a language model by KAN layers, and measure what it does.\n\n"
@@ -63,7 +68,9 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="show a traceba
 
 
 @app.command()
-def run(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None) -> None:
+def run(
+    study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None, grace_s: GraceOption = GRACE_S
+) -> None:
     """Train and evaluate every unfinished cell of a study here, then write and print its table.
 
     Ctrl-C at any moment; the same command continues. A finished study is only read.
@@ -74,7 +81,7 @@ def run(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOptio
 
         kallm run my-study.yaml --store s3://my-bucket/kallm
     """
-    stop = Stop()
+    stop = Stop(grace_s=grace_s)
     stop.install()
     plan, opened = _prepare(study, store, set_)
     from kallm.run.local import run_cells
@@ -106,6 +113,7 @@ def cell(
         Path | None,
         typer.Option("--progress-file", envvar="ARGO_PROGRESS_FILE", help="where the percentage is written, as N/100"),
     ] = None,
+    grace_s: GraceOption = GRACE_S,
 ) -> None:
     """Train and evaluate some cells, the unit that a cluster runs; several of one seed share their trunk.
 
@@ -113,7 +121,7 @@ def cell(
 
     kallm cell demo linear.seed-0,kan.seed-0 --store s3://my-bucket/kallm
     """
-    stop = Stop()
+    stop = Stop(grace_s=grace_s)
     stop.install()
     plan, opened = _prepare(study, store, set_, inside_cell=True)
     chosen = select_cells(plan, cells, opened)
@@ -179,16 +187,32 @@ def plan(
 
 
 @app.command()
-def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None) -> None:
+def status(
+    study: StudyArgument,
+    store: StoreOption = DEFAULT_STORE,
+    set_: SetOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every few seconds, until Ctrl-C")] = False,
+) -> None:
     """Show which cells of a study are done, running, stale, failed or missing, from the store alone.
 
     kallm status demo
-    """  # fmt: skip
+
+    kallm status demo --watch --store s3://my-bucket/kallm
+    """
+    from rich.live import Live
+
     from kallm.results.status import read_status, render_status
 
     opened = open_store(store)
     document = find_document(opened, study, set_)
-    make_console().print(render_status(read_status(opened, document, now=time.time())))
+    console = make_console()
+    if not watch:
+        console.print(render_status(read_status(opened, document, now=time.time())))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(render_status(read_status(opened, document, now=time.time())), refresh=True)
+            time.sleep(_WATCH_S)
 
 
 @app.command()
@@ -225,6 +249,9 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
+    # the work is over and its code stands: while Python shuts down, it would give signals their deadly default back
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_STORE",
     "CellsArgument",
     "CellsOption",
+    "GraceOption",
     "SetOption",
     "ShareOption",
     "StoreOption",
@@ -44,6 +45,10 @@ SetOption = Annotated[
 _CELLS_HELP = "all, unfinished, or labels like kan.seed-0,linear.seed-0"
 CellsArgument = Annotated[str, typer.Argument(metavar="CELLS", help=_CELLS_HELP)]
 CellsOption = Annotated[str, typer.Option("--cells", help=_CELLS_HELP)]
+GraceOption = Annotated[
+    float,
+    typer.Option("--grace-s", min=0.0, help="most seconds from SIGTERM to the exit; less than the site grants"),
+]
 ShareOption = Annotated[
     str, typer.Option("--share", help="cell: a pod for each cell; seed: one for all variants of a seed, on one trunk")
 ]
@@ -58,9 +63,7 @@ def find_document(store: Store, study: str, set_: list[str] | None = None) -> St
     """
     if is_stored_name(study):
         if set_:
-            raise WrongConfiguration(
-                f"--set changes a study, but {study} is fixed: name its preset or file instead"
-            )
+            raise WrongConfiguration(f"--set changes a study, but {study} is fixed: name its preset or file instead")
         name, _, study_hash = study.rpartition(".")
         key = study_key(name, study_hash, "study.json")
         stored = read_record(store, StudyDocument, key)

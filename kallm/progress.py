@@ -17,7 +17,7 @@ from kallm.errors import ExitCode, Preempted, StorageUnavailable
 from kallm.store.sealed import seal
 from kallm.store.store import Store
 
-__all__ = ["Heartbeat", "Reporter", "Stop", "Tracker", "format_duration"]
+__all__ = ["GRACE_S", "Heartbeat", "Reporter", "Stop", "Tracker", "format_duration"]
 
 PLAIN_INTERVAL_S = 15.0
 HEARTBEAT_INTERVAL_S = 30.0
@@ -116,6 +116,7 @@ class Reporter:
     def __init__(self, *, quiet: bool = False, progress_file: Path | None = None) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self._file, self._percent = progress_file, 0
+        self._transfers: dict[str, float] = {}
         self.lines: list[str] = []
         self.trackers: list[Tracker] = []
         self.bars: Progress | None = None
@@ -144,6 +145,15 @@ class Reporter:
         """Print one line and keep it for the attempt's log."""
         self.lines.append(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}")
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def tell_transfer(self, key: str, done: int, total: int) -> None:
+        """Say how far a long upload is; called from any thread, silent about short ones."""
+        began = self._transfers.setdefault(key, time.monotonic())
+        if done >= total:
+            del self._transfers[key]
+        elif time.monotonic() - began > PLAIN_INTERVAL_S:
+            self._transfers[key] = time.monotonic()
+            self.say(f"uploading {key}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
     @property
     def fraction(self) -> float:

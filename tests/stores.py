@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.param == "real":
         return _real_bucket(request, monkeypatch)
     return S3Store(request.getfixturevalue("bucket"), "some/prefix")
+
+
+def assert_one_line_without_credentials(error: BaseException) -> None:
+    shown = "".join(traceback.format_exception(error))
+    assert SECRET not in shown
+    assert ACCESS not in shown
+    assert "\n" not in str(error)
+
+
+def keys_of(store: Store, prefix: str = "") -> list[str]:
+    """Return the keys of a listing."""
+    return [entry.key for entry in store.list(prefix)]

@@ -176,6 +176,18 @@ def test_heartbeats_go_on_in_long_calls_and_survive_a_lost_one(tmp_path: Path, m
     assert sum("a heartbeat is missing" in line for line in reporter.lines) == 1
 
 
+def test_a_long_upload_is_told_and_a_short_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter = Reporter(quiet=True)
+    for done in (1, 2, 3):
+        reporter.tell_transfer("short", done * 10**6, 3 * 10**6)
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
+    for done in (1, 2, 3):
+        reporter.tell_transfer("long", done * 10**6, 3 * 10**6)
+    assert [line.partition(" ")[2] for line in reporter.lines] == [
+        "uploading long: 1 of 3 MB", "uploading long: 2 of 3 MB"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("saved", "code"), [(False, ExitCode.PREEMPTED), (True, ExitCode.DONE)])
 def test_what_is_not_saved_within_the_grace_is_left(saved: bool, code: ExitCode, tmp_path: Path) -> None:
     said = tmp_path / "said"

@@ -10,6 +10,7 @@ from kallm.run.cell import run_cell
 from kallm.run.finished import is_finished
 from kallm.run.materials import Materials
 from kallm.run.queue import WAIT_S, Queue
+from kallm.store.s3 import S3Store
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan
 
@@ -38,6 +39,8 @@ def run_cells(
         Preempted: a stop was requested; what was done is saved.
         GaveUp: all others are finished, but some cells gave up.
     """
+    if isinstance(store, S3Store):
+        store.on_transfer = reporter.tell_transfer
     record_study(store, plan.document)
     open_cells = [cell for cell in cells if not is_finished(store, cell, list(plan.suites))]
     if not open_cells:

@@ -3,8 +3,9 @@
 import os
 import random
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from s3transfer.exceptions import RetriesExceededError
+from s3transfer.subscribers import BaseSubscriber
 
 from kallm.errors import StorageUnavailable, WrongConfiguration
 from kallm.store.local import naming_disk_errors, replacing
@@ -72,6 +74,19 @@ class S3Settings(BaseModel):
         raise WrongConfiguration(f"{name} {first['msg'].removeprefix('Value error, ')}")
 
 
+class _Moved(BaseSubscriber):
+    """Adds up the bytes of one upload; parts report from threads of their own."""
+
+    def __init__(self, key: str, total: int, tell: Callable[[str, int, int], None]) -> None:
+        self._key, self._done, self._total, self._tell, self._lock = key, 0, total, tell, threading.Lock()
+
+    def on_progress(self, future: Any, bytes_transferred: int, **rest: Any) -> None:
+        """Count more bytes as sent; a part that is sent again first counts back."""
+        with self._lock:
+            self._done += bytes_transferred
+            self._tell(self._key, self._done, self._total)
+
+
 class S3Store:
     """A store under a prefix of a bucket; any number of processes and hosts may write to it at once.
 
@@ -91,6 +106,8 @@ class S3Store:
         self.bucket = bucket
         self.address = f"s3://{bucket}/{prefix}".rstrip("/")
         self.endpoint = settings.endpoint or "AWS"
+        self.on_transfer: Callable[[str, int, int], None] = lambda key, done, total: None
+        """Called from other threads with a key, the bytes that are sent, and all: a checkpoint may take minutes."""
         self._inside_cell = inside_cell
         self._attempts = settings.attempts
         self._begin = f"{prefix}/" if prefix else ""
@@ -165,8 +182,10 @@ class S3Store:
 
     def upload(self, path: Path, key: str) -> None:
         """Write a file's bytes as an object, whole or not at all."""
+        with naming_disk_errors(path):
+            moved = _Moved(key, path.stat().st_size, self.on_transfer)
         with self.naming_refusals(key), create_transfer_manager(self.client, self._transfer) as manager:
-            manager.upload(str(path), self.bucket, self.full_key(key)).result()
+            manager.upload(str(path), self.bucket, self.full_key(key), subscribers=[moved]).result()
 
     def download(self, key: str, path: Path) -> bool:
         """Write an object's bytes to a file, whole or not at all; return False where there is no such object."""
