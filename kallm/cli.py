@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kallm.commands.cluster import attach_cluster
 from kallm.commands.stored import attach
 from kallm.errors import (
     CellsMissing,
@@ -36,7 +37,7 @@ from kallm.options import (
 )
 from kallm.progress import GRACE_S, Reporter, Stop, format_duration
 from kallm.results.record import StudyDocument, record_study, study_key
-from kallm.run.selection import group_cells, parse_share, select_cells
+from kallm.run.selection import choose_part, group_cells, parse_share, select_cells
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 from kallm.study.plan import Plan, estimate_cost, make_plan
@@ -106,6 +107,9 @@ def cell(
     cells: CellsArgument,
     store: StoreOption = DEFAULT_STORE,
     set_: SetOption = None,
+    part: Annotated[
+        int | None, typer.Option("--part", min=0, help="of CELLS in parts between semicolons, take this one")
+    ] = None,
     with_table: Annotated[
         bool, typer.Option("--table", help="write the study's table anew after each cell that is finished")
     ] = False,
@@ -124,7 +128,7 @@ def cell(
     stop = Stop(grace_s=grace_s)
     stop.install()
     plan, opened = _prepare(study, store, set_, inside_cell=True)
-    chosen = select_cells(plan, cells, opened)
+    chosen = select_cells(plan, cells if part is None else choose_part(cells, part), opened)
     from kallm.run.local import run_cells
 
     def write_results() -> None:
@@ -233,26 +237,31 @@ def table(
 
 
 attach(app)
+attach_cluster(app)
 
 
 def main() -> None:
     """Run the program and leave with a code of ``errors.py``."""
-    debug = "--debug" in sys.argv
+    try:
+        sys.exit(_run(debug="--debug" in sys.argv))
+    finally:
+        # the work is over and its code stands: while Python shuts down, it would give signals their deadly default back
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _run(*, debug: bool) -> ExitCode:
     try:
         app()
-        code = ExitCode.DONE
     except KallmError as error:
-        code = _tell(error, error.code, debug=debug)
+        return _tell(error, error.code, debug=debug)
     except MemoryError as error:
-        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
+        return _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        code = _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
-    # the work is over and its code stands: while Python shuts down, it would give signals their deadly default back
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
+        return _tell(_out_of_memory(error), ExitCode.OUT_OF_MEMORY, debug=debug)
+    return ExitCode.DONE
 
 
 def _prepare(study: str, store: str, set_: list[str] | None, *, inside_cell: bool = False) -> tuple[Plan, Store]:

@@ -84,6 +84,12 @@ def find_plan(store: Store, study: str) -> Plan:
     """
     document = find_document(store, study)
     settings = {name: value for name, value in document.study.items() if name != "sources"}
+    # stored with sorted keys; the order of variants and suites is that of the table
+    for group, names in (
+        ("variants", [cell.variant for cell in document.cells]),
+        ("suites", [suite.name for suite in document.suites]),
+    ):
+        settings[group] = {name: settings[group][name] for name in names}
     plan = make_plan(read_study(json.dumps(settings, indent=1)))
     if plan.document.hash != document.hash:
         raise DataMismatch(

@@ -32,6 +32,7 @@ def test_help_teaches_by_example(command: str, tmp_path: Path) -> None:
         (["plan", "demo", "--cells", "kam.seed-0"], "study 'demo' has no cell 'kam.seed-0': known are baseline,"),
         (["plan", "demo", "--cells", ","], "no cell is named: expected all, unfinished, or labels"),
         (["plan", "demo", "--share", "sead"], "--share: unknown 'sead': known are cell, seed. Did you mean 'seed'?"),
+        (["cell", "demo", "kan.seed-0;kan.seed-1", "--part", "2"], "--part: CELLS has 2 parts, counted from 0, but 2"),
         (["table", "demo.0123456789ab", "--store", ".", "--set", "seeds=[0]"], "--set changes a study, but"),
         (["status", "demo.0123456789ab", "--store", "."], "there is no study demo.0123456789ab in /"),
         (["run", "demo", "--store", "/proc/nothing"], "/proc/nothing"),
@@ -98,11 +99,21 @@ def test_a_plan_says_which_pod_runs_what_and_a_cell_of_a_stored_study_needs_no_f
     ]
     (tmp_path / "mine.yaml").unlink()
     study = json.loads(done.stdout)["study"]
-    ran = kallm("cell", study, "baseline,linear.seed-0", "--progress-file", "percent", cwd=tmp_path)
+    ran = kallm(
+        "cell", study, "baseline;baseline,linear.seed-0", "--part", "1", "--progress-file", "percent", cwd=tmp_path
+    )
     assert ran.returncode == 0, ran.stderr
     assert [line.rpartition(".")[0] for line in ran.stdout.splitlines()] == ["baseline", "linear.seed-0"]
     assert (tmp_path / "percent").read_text() == "100/100\n"
     assert "linear" in kallm("status", study, cwd=tmp_path).stdout
+
+
+def test_a_stored_study_is_planned_as_it_was(tmp_path: Path) -> None:
+    first = kallm("plan", "smoke", "--pods", "pods.json", cwd=tmp_path)
+    study = json.loads(first.stdout)["study"]
+    again = kallm("cell", study, "nobody", cwd=tmp_path)
+    assert "study 'smoke' has no cell 'nobody': known are kan.seed-0, linear.seed-0." in again.stderr
+    assert again.returncode == 2
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The commands that look after what is stored: verify, compare, copy, logs, gc."""
+"""The commands that look after what is stored: verify, compare, copy, logs, gc.
+
+What computes statistics is imported where it is used: SciPy takes half a second, and most commands need none.
+"""
 
 import sys
 from typing import Annotated
@@ -9,12 +12,9 @@ from rich.filesize import decimal
 from kallm.errors import DataMismatch
 from kallm.options import DEFAULT_STORE, SetOption, StoreOption, StudyArgument, find_document, make_console
 from kallm.progress import Reporter, format_duration
-from kallm.results.compare import compare_studies, render_apart
 from kallm.results.inventory import find_unnamed, list_steps
 from kallm.results.logs import find_cell, read_attempts, render_attempt
 from kallm.results.record import StudyDocument, study_key
-from kallm.results.table import build_table, write_table
-from kallm.results.verify import verify_study
 from kallm.store.copy import copy_objects
 from kallm.store.gc import find_leftovers, remove_leftover
 from kallm.store.opening import open_store
@@ -38,6 +38,8 @@ def verify(study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOp
 
         kallm verify demo.0a1b2c3d4e5f --store s3://my-bucket/kallm
     """
+    from kallm.results.verify import verify_study
+
     opened = open_store(store)
     document = find_document(opened, study, set_)
     with Reporter() as reporter, reporter.track("verify", len(document.cells), "cells") as tracker:
@@ -66,6 +68,8 @@ def compare(
 
         kallm compare demo.0a1b2c3d4e5f demo.f5e4d3c2b1a0
     """
+    from kallm.results.compare import compare_studies, render_apart
+
     opened = open_store(store)
     other = opened if store_b is None else open_store(store_b)
     comparison = compare_studies((opened, find_document(opened, left)), (other, find_document(other, right)))
@@ -153,6 +157,7 @@ def gc(
 def _write_results(store: Store, document: StudyDocument) -> list[str]:
     """Write table and report from the records that are in the store now; it may hold more cells than the other one."""
     from kallm.results.report import write_report
+    from kallm.results.table import build_table, write_table
 
     table = build_table(store, document)
     written = write_table(store, document, table)

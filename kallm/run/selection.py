@@ -7,7 +7,7 @@ from kallm.run.finished import is_finished
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan
 
-__all__ = ["Pod", "Share", "group_cells", "parse_share", "select_cells"]
+__all__ = ["Pod", "Share", "choose_part", "group_cells", "parse_share", "select_cells"]
 
 Share = Literal["cell", "seed"]
 """``cell``: one pod for each cell; ``seed``: one pod for all variants of a seed, which then share one trunk."""
@@ -59,6 +59,18 @@ def group_cells(cells: list[Cell], share: Share) -> list[Pod]:
         )
         for name, group in groups.items()
     ]
+
+
+def choose_part(cells: str, part: int) -> str:
+    """Return one of the parts between semicolons, counted from 0: a Job's pods differ by a number only.
+
+    Raises:
+        WrongConfiguration: there are not so many.
+    """
+    parts = cells.split(";")
+    if part >= len(parts):
+        raise WrongConfiguration(f"--part: CELLS has {len(parts)} parts, counted from 0, but {part} was asked for")
+    return parts[part]
 
 
 def parse_share(text: str) -> Share:

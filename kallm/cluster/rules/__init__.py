@@ -1,0 +1,1 @@
+"""What breaks the rules of a site; `kallm.cluster.site` says which site has which."""
