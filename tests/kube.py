@@ -13,9 +13,19 @@ from typing import Any
 
 import pytest
 
+from kallm.cluster.argo import read_workflow
+from kallm.cluster.checks import parse_site
 from kallm.cluster.client import CONFIG_MAP, NAMESPACE, SECRET, SERVICE_ACCOUNT, Cluster, connect
+from kallm.cluster.submission import Ground
 from kallm.errors import WrongConfiguration
 
+SITE = {
+    "image": f"registry.example/kallm@sha256:{'1' * 64}",
+    "store": "s3://kallm/grid",
+    "endpoint": "http://s3.example:7070",
+    "parallelism": "3",
+    "pod-patch": '{"terminationGracePeriodSeconds": 120, "containers": [{"name": "main", "tty": true}]}',
+}
 SMALL = "busybox:1.36"
 """An image that the node of the test cluster can pull."""
 PATCH = {
@@ -98,3 +108,10 @@ def make_site(place: Cluster, *, labelled: bool = True, patch: Any = PATCH, **da
     values |= {"pod-patch": patch if isinstance(patch, str) else json.dumps(patch)} | data
     place.delete(CONFIG_MAP, "kallm-site")
     place.create(CONFIG_MAP, {"metadata": {"name": "kallm-site", "labels": labels}, "data": values})
+
+
+def ground(**changes: str) -> Ground:
+    """Return what a cluster would say whose kallm-site holds SITE, with changes."""
+    workflow = read_workflow()
+    site = parse_site({**SITE, **changes}, workflow)
+    return Ground(workflow, site, site.values, None, ())
