@@ -129,15 +129,16 @@ def cell(
     stop.install()
     plan, opened = _prepare(study, store, set_, inside_cell=True)
     chosen = select_cells(plan, cells if part is None else choose_part(cells, part), opened)
+    from kallm.results.report import write_results
     from kallm.run.local import run_cells
 
-    def write_results() -> None:
+    def write_table() -> None:
         if with_table:
-            _write_results(opened, plan.document)
+            write_results(opened, plan.document)
 
     with Reporter(progress_file=progress_file) as reporter:
-        diverged = run_cells(plan, chosen, opened, reporter, stop, after_cell=write_results)
-    write_results()
+        diverged = run_cells(plan, chosen, opened, reporter, stop, after_cell=write_table)
+    write_table()
     if diverged:
         raise Diverged("; ".join(diverged))
     print("\n".join(cell.id for cell in chosen))
@@ -271,20 +272,11 @@ def _prepare(study: str, store: str, set_: list[str] | None, *, inside_cell: boo
     return planned or find_plan(opened, study), opened
 
 
-def _write_results(store: Store, document: StudyDocument) -> "Table":
-    from kallm.results.report import write_report
-    from kallm.results.table import build_table, write_table
-
-    built = build_table(store, document)
-    write_table(store, document, built)
-    write_report(store, document, built)
-    return built
-
-
 def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":
     from kallm.results.render import render_latex, render_rich
+    from kallm.results.report import write_results
 
-    built = _write_results(store, document)
+    built, _ = write_results(store, document)
     if latex:
         print(render_latex(built))
     else:

@@ -18,7 +18,6 @@ from kallm.results.record import StudyDocument, study_key
 from kallm.store.copy import copy_objects
 from kallm.store.gc import find_leftovers, remove_leftover
 from kallm.store.opening import open_store
-from kallm.store.store import Store
 
 __all__ = ["attach"]
 
@@ -104,7 +103,9 @@ def copy(
     with Reporter() as reporter, reporter.track("copy", len(steps), "objects") as tracker:
         written = copy_objects(source, target, steps, tracker.advance)
     if source.get(study_key(document.name, document.hash, "table.json")) is not None:
-        written += _write_results(target, document)
+        from kallm.results.report import write_results
+
+        written += write_results(target, document)[1]  # the target may hold more cells than the source
     print(f"{_name(document)}: {_count(len(written), 'object')} written to {target.address}, the others were there")
 
 
@@ -152,17 +153,6 @@ def gc(
     total = decimal(sum(leftover.size or 0 for leftover in leftovers))
     done = "removed" if yes else "would be removed: add --yes" if leftovers else "nothing to remove"
     print(f"{_count(len(leftovers), 'object')}, {total}: {done}")
-
-
-def _write_results(store: Store, document: StudyDocument) -> list[str]:
-    """Write table and report from the records that are in the store now; it may hold more cells than the other one."""
-    from kallm.results.report import write_report
-    from kallm.results.table import build_table, write_table
-
-    table = build_table(store, document)
-    written = write_table(store, document, table)
-    write_report(store, document, table)
-    return written
 
 
 def _name(document: StudyDocument) -> str:

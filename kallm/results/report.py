@@ -8,10 +8,10 @@ from kallm.results.page import escape, make_page, make_section, make_table
 from kallm.results.record import StudyDocument, TrainingRecord, cell_key, read_record, study_key
 from kallm.results.render import COSTS, NOTHING, tell_seeds
 from kallm.results.schema import Cell, Column, Contrast, Row, Table
-from kallm.results.table import put_changed
+from kallm.results.table import build_table, put_changed, write_table
 from kallm.store.store import Store
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["render_report", "write_report", "write_results"]
 
 
 def write_report(store: Store, document: StudyDocument, table: Table) -> str:
@@ -25,6 +25,18 @@ def write_report(store: Store, document: StudyDocument, table: Table) -> str:
     key = study_key(document.name, document.hash, "report.html")
     put_changed(store, key, render_report(document, table, trainings).encode())
     return key
+
+
+def write_results(store: Store, document: StudyDocument) -> tuple[Table, list[str]]:
+    """Build a study's table from the records that the store holds now, and write it with its report.
+
+    Returns:
+        The table, and the keys of its files that changed.
+    """
+    table = build_table(store, document)
+    changed = write_table(store, document, table)
+    write_report(store, document, table)
+    return table, changed
 
 
 def render_report(document: StudyDocument, table: Table, trainings: Mapping[str, TrainingRecord]) -> str:
