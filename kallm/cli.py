@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ from kallm.options import (
 from kallm.progress import GRACE_S, Reporter, Stop, format_duration
 from kallm.results.record import StudyDocument, record_study, study_key
 from kallm.run.selection import choose_part, group_cells, parse_share, select_cells
+from kallm.run.snapshots import fetch_snapshots, names_commits, put_snapshots
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 from kallm.study.plan import Plan, estimate_cost, make_plan
@@ -153,7 +155,10 @@ def plan(
     share: ShareOption = "cell",
     pods: Annotated[
         Path | None,
-        typer.Option(help="write there which pod runs which cells, as JSON, and the study itself to the store"),
+        typer.Option(
+            help="write there which pod runs which cells, as JSON; the study, and what it takes from the hub, go to "
+            "the store, where the pods find them"
+        ),
     ] = None,
     tflops: Annotated[float, typer.Option(min=1e-6, help="sustained TFLOP/s that hours are estimated with")] = 0.2,
 ) -> None:
@@ -170,8 +175,10 @@ def plan(
     opened = open_store(store, writable=pods is not None) if pods is not None or cells == "unfinished" else None
     chosen = select_cells(planned, cells, opened)
     if pods is not None and opened is not None:
+        put_snapshots(planned, opened)
         record_study(opened, planned.document)
-        pods.write_text(json.dumps(group_cells(chosen, sharing)) + "\n")
+        name = f"{planned.document.name}.{planned.document.hash}"
+        pods.write_text(json.dumps([pod | {"study": name} for pod in group_cells(chosen, sharing)]) + "\n")
     cost = estimate_cost(planned, tuple(chosen))
     entries = {entry.id: entry.model_dump(mode="json") for entry in planned.document.cells}
     told = {
@@ -243,6 +250,7 @@ attach_cluster(app)
 
 def main() -> None:
     """Run the program and leave with a code of ``errors.py``."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars would stand between ours
     try:
         sys.exit(_run(debug="--debug" in sys.argv))
     finally:
@@ -267,9 +275,13 @@ def _run(*, debug: bool) -> ExitCode:
 
 def _prepare(study: str, store: str, set_: list[str] | None, *, inside_cell: bool = False) -> tuple[Plan, Store]:
     """Check everything that can be wrong before anything expensive starts."""
-    planned = None if is_stored_name(study) and not set_ else make_plan(read_study(study, set_))
+    wanted = None if is_stored_name(study) and not set_ else read_study(study, set_)
+    planned = None if wanted is None or names_commits(wanted) else make_plan(wanted)
     opened = open_store(store, writable=True, inside_cell=inside_cell)
-    return planned or find_plan(opened, study), opened
+    if planned is None and wanted is not None:
+        fetch_snapshots(wanted, opened)
+        planned = make_plan(wanted)
+    return planned or find_plan(opened, study, snapshots=True), opened
 
 
 def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":

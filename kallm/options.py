@@ -11,6 +11,7 @@ from rich.console import Console
 
 from kallm.errors import DataMismatch, WrongConfiguration
 from kallm.results.record import StudyDocument, read_record, study_key
+from kallm.run.snapshots import fetch_snapshots
 from kallm.store.store import Store
 from kallm.study.plan import Plan, make_plan
 from kallm.study.study import preset_names, read_study
@@ -75,8 +76,13 @@ def find_document(store: Store, study: str, set_: list[str] | None = None) -> St
     return make_plan(read_study(study, set_)).document
 
 
-def find_plan(store: Store, study: str) -> Plan:
+def find_plan(store: Store, study: str, *, snapshots: bool = False) -> Plan:
     """Return the plan of a study that the store holds, ``<name>.<hash>``.
+
+    Args:
+        store: where it is.
+        study: its full name.
+        snapshots: bring what it takes from the hub from the store first, where the store has it.
 
     Raises:
         DataMismatch: what it was planned from has changed since: a package, or the files of a folder.
@@ -90,7 +96,10 @@ def find_plan(store: Store, study: str) -> Plan:
         ("suites", [suite.name for suite in document.suites]),
     ):
         settings[group] = {name: settings[group][name] for name in names}
-    plan = make_plan(read_study(json.dumps(settings, indent=1)))
+    found = read_study(json.dumps(settings, indent=1))
+    if snapshots:
+        fetch_snapshots(found, store)
+    plan = make_plan(found)
     if plan.document.hash != document.hash:
         raise DataMismatch(
             f"{study} was planned from other data: it names {document.study.get('sources')}, but here is "

@@ -1,14 +1,16 @@
 """A hub on loopback: it answers what huggingface_hub asks when a plan looks models and data sets up.
 
-It serves headers of SmolLM2's real shapes, and no weights.
+It serves headers of SmolLM2's real shapes, and no weights; and, whole, the folders that it is given.
 """
 
 import json
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SIZES = {"SmolLM2-135M": (576, 1536, 30, 9, 3), "SmolLM2-360M": (960, 2560, 32, 15, 5)}
@@ -81,7 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
         parts = self.path.partition("?")[0].strip("/").split("/")
         headers = {"X-Repo-Commit": COMMIT}
         data: bytes | None
-        if parts[:2] == ["api", "models"] or parts[:2] == ["api", "datasets"]:
+        folders: Mapping[str, Path] = self.server.folders  # type: ignore[attr-defined]
+        name = "/".join([each for each in parts if each not in ("api", "models", "datasets")][:2])
+        if name in folders:
+            headers["X-Repo-Commit"] = commit_of(name)
+            data = _from_folder(name, folders[name], parts)
+            headers["ETag"] = f'"{sha256(data or b"").hexdigest()}"'
+        elif parts[:2] == ["api", "models"] or parts[:2] == ["api", "datasets"]:
             known = parts[3].startswith("SmolLM2-") if parts[1] == "models" else parts[3] in ("smol-smoltalk", "bbh")
             siblings = [{"rfilename": "config.json"}, {"rfilename": "model.safetensors"}]
             told = {"id": f"{parts[2]}/{parts[3]}", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
@@ -91,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["ETag"] = '"0123456789"'
         status = 200 if data is not None else 404
         if data is None:
-            data, headers["X-Error-Code"] = b"{}", "RepoNotFound"
+            data, headers["X-Error-Code"] = b"{}", "EntryNotFound" if name in folders else "RepoNotFound"
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -102,10 +110,30 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+def commit_of(name: str) -> str:
+    """Return the commit that a folder is served as."""
+    return sha1(name.encode()).hexdigest()
+
+
+def _from_folder(name: str, folder: Path, parts: list[str]) -> bytes | None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    if parts[0] != "api":
+        found = folder / "/".join(parts[parts.index("resolve") + 2 :])
+        return found.read_bytes() if found.is_file() else None
+    if "tree" in parts:
+        sizes = [path.stat().st_size for path in files]
+        entries = [{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in zip(names, sizes, strict=True)]
+        return json.dumps(entries).encode()
+    told = {"id": name, "sha": commit_of(name), "private": False, "tags": [], "gated": False, "disabled": False}
+    return json.dumps(told | {"downloads": 0, "siblings": [{"rfilename": each} for each in names]}).encode()
+
+
 @contextmanager
-def serve_hub() -> Iterator[str]:
-    """Serve on a free port of loopback while the context lasts; gives the address."""
+def serve_hub(folders: Mapping[str, Path] | None = None) -> Iterator[str]:
+    """Serve on a free port of loopback while the context lasts, folders too by ``ORG/NAME``; gives the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.folders = folders or {}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -93,12 +93,12 @@ def test_a_plan_says_which_pod_runs_what_and_a_cell_of_a_stored_study_needs_no_f
     (tmp_path / "mine.yaml").write_text(study_text)
     done = kallm("plan", "mine.yaml", "--pods", "pods.json", "--share", "seed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    study = json.loads(done.stdout)["study"]
     assert json.loads((tmp_path / "pods.json").read_text()) == [
-        {"name": "baseline", "cells": "baseline", "variant": "baseline", "seed": "none"},
-        {"name": "seed-0", "cells": "linear.seed-0,small-kan.seed-0", "variant": "all", "seed": "0"},
+        {"name": "baseline", "cells": "baseline", "variant": "baseline", "seed": "none", "study": study},
+        {"name": "seed-0", "cells": "linear.seed-0,small-kan.seed-0", "variant": "all", "seed": "0", "study": study},
     ]
     (tmp_path / "mine.yaml").unlink()
-    study = json.loads(done.stdout)["study"]
     ran = kallm(
         "cell", study, "baseline;baseline,linear.seed-0", "--part", "1", "--progress-file", "percent", cwd=tmp_path
     )

@@ -14,7 +14,7 @@ from kube import SITE, ground
 from kallm.cluster.argo import Progress, fill_workflow, read_workflow, render_cell_pod, workflow_progress
 from kallm.cluster.checks import parse_site
 from kallm.cluster.jobs import FINAL_CODES, job_progress, render_job
-from kallm.cluster.submission import Ground, Request, describe_command, dump_manifest, pin, prepare, render_study
+from kallm.cluster.submission import Ground, Request, describe_command, dump_manifest, prepare, render_study
 from kallm.errors import ExitCode, WrongConfiguration
 from kallm.study.plan import make_plan
 from kallm.study.study import read_study
@@ -23,7 +23,7 @@ from kallm.study.study import read_study
 @pytest.mark.parametrize("preset", ["smoke", "demo"])
 def test_the_study_that_is_sent_is_planned_as_the_one_that_was_named(preset: str) -> None:
     plan = make_plan(read_study(preset))
-    assert make_plan(read_study(render_study(pin(plan).study))).document == plan.document
+    assert make_plan(read_study(render_study(plan.study))).document == plan.document
 
 
 def test_what_argo_and_kubernetes_would_expand_is_escaped_in_a_study() -> None:

@@ -29,7 +29,9 @@ def render_job(
     """
     assert pods
     parts = ";".join(pod["cells"] for pod in pods)
-    template = render_cell_pod(workflow, {"cells": parts, "name": study}, patch)
+    # no pod plans beforehand, so every pod is given the study's text
+    text = next(each["value"] for each in workflow["spec"]["arguments"]["parameters"] if each["name"] == "study")
+    template = render_cell_pod(workflow, {"cells": parts, "name": study, "study": text}, patch)
     main = next(each for each in template["spec"]["containers"] if each["name"] == "main")
     # Kubernetes itself puts the index there; a study's text is escaped against the same expansion
     main["args"] = ["cell", "--part", "$(JOB_COMPLETION_INDEX)", "--table", *_escape(main["args"])[1:]]

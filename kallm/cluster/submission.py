@@ -20,7 +20,7 @@ from kallm.errors import StorageUnavailable, WrongConfiguration
 from kallm.run.selection import Pod, Share, group_cells, select_cells
 from kallm.store.s3 import S3Settings, S3Store
 from kallm.store.store import Store, is_key
-from kallm.study.plan import Cell, Plan, make_plan
+from kallm.study.plan import Cell, Plan
 from kallm.study.study import StatisticsSettings, Study, preset_names
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "describe_command",
     "dump_manifest",
     "gather",
-    "pin",
     "prepare",
     "render_study",
 ]
@@ -106,15 +105,6 @@ def gather(request: Request, cluster: Cluster | None) -> Ground:
     if store is None:
         notes.append(f"the store is not read from here: {why}")
     return Ground(workflow, site, values, store, tuple(notes))
-
-
-def pin(plan: Plan) -> Plan:
-    """Return the plan with its sources' revisions written into the study: planned again, it has the same cells."""
-    study = plan.study
-    if (study.model, study.dialogues.source) == (plan.model.source, plan.dialogues):
-        return plan
-    dialogues = study.dialogues.model_copy(update={"source": plan.dialogues})
-    return make_plan(study.model_copy(update={"model": plan.model.source, "dialogues": dialogues}))
 
 
 def prepare(plan: Plan, request: Request, ground: Ground, namespace: str | None) -> Submission:

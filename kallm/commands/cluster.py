@@ -21,7 +21,6 @@ from kallm.cluster.submission import (
     describe_command,
     dump_manifest,
     gather,
-    pin,
     prepare,
 )
 from kallm.cluster.watching import await_start, raise_outcome, watch
@@ -73,7 +72,7 @@ def submit(
     planned = None if is_stored_name(study) and not set_ else make_plan(read_study(study, set_))
     cluster, place = _open(request.engine, context, namespace, sends=not dry_run)
     ground = gather(request, cluster)
-    plan = pin(planned or _find_plan(ground, study))
+    plan = planned or _find_plan(ground, study)
     submission = prepare(plan, request, ground, cluster.namespace if cluster else None)
     _say("\n".join(submission.notes))
     if dry_run:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kallm.errors import WrongConfiguration
-from kallm.model.sources import package_file, reach_hub
+from kallm.model.sources import package_file, reach_hub, snapshot_folder
 
 __all__ = ["Conversation", "Dialogues", "identify_dialogues", "load_dialogues"]
 
@@ -53,6 +53,10 @@ def identify_dialogues(source: str) -> tuple[str, str]:
             raise WrongConfiguration(f"no dialogues are known in package '{name}': package:{CHITCHAT} has some")
         return source, package_file(name, ".json")[1]
     if kind == "hub":
+        revision = name.partition("@")[2]
+        snapshot = snapshot_folder(revision)
+        if snapshot is not None and snapshot.exists():
+            return source, revision
         found = reach_hub(name, "dataset")
         return f"hub:{name.partition('@')[0]}@{found.sha}", found.sha
     files = _files(Path(source))
@@ -76,7 +80,11 @@ def load_dialogues(source: str) -> Dialogues:
     datasets.disable_progress_bars()
     if kind == "hub":
         repository, _, revision = name.partition("@")
-        found = datasets.load_dataset(repository, revision=revision)
+        snapshot = snapshot_folder(revision)
+        if snapshot is not None and snapshot.exists():
+            found = datasets.load_dataset(str(snapshot))
+        else:
+            found = datasets.load_dataset(repository, revision=revision)
         splits = {"train": found["train"], "heldout": found["test"] if "test" in found else found["train"][:0]}
     else:
         files = _files(Path(source))

