@@ -177,8 +177,7 @@ def plan(
     if pods is not None and opened is not None:
         put_snapshots(planned, opened)
         record_study(opened, planned.document)
-        name = f"{planned.document.name}.{planned.document.hash}"
-        pods.write_text(json.dumps([pod | {"study": name} for pod in group_cells(chosen, sharing)]) + "\n")
+        pods.write_text(json.dumps(group_cells(planned.document, chosen, sharing)) + "\n")
     cost = estimate_cost(planned, tuple(chosen))
     entries = {entry.id: entry.model_dump(mode="json") for entry in planned.document.cells}
     told = {

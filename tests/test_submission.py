@@ -128,7 +128,7 @@ def test_a_wrong_value_of_the_site_is_named(data: dict[str, str], sentence: str)
 
 def test_a_label_whose_input_is_not_known_is_left_out() -> None:
     workflow = fill_workflow(read_workflow(), {**SITE_VALUES})
-    labels = render_cell_pod(workflow, {"cells": "a;b", "name": "x"}, {})["metadata"]["labels"]
+    labels = render_cell_pod(workflow, {"cells": "a;b", "name": "x", "study": "y"}, {})["metadata"]["labels"]
     assert labels == {"app.kubernetes.io/name": "kallm"}
 
 

@@ -124,7 +124,7 @@ def prepare(plan: Plan, request: Request, ground: Ground, namespace: str | None)
         notes.append(f"which of the {len(cells)} cells are finished is found out there, not here")
     else:
         cells = select_cells(plan, request.cells, ground.store)
-    pods = group_cells(cells or list(plan.cells), request.share)
+    pods = group_cells(plan.document, cells or list(plan.cells), request.share)
     values = ground.values | {"study": render_study(plan.study), "cells": request.cells, "share": request.share}
     manifest, pod = _render(_name(fill_workflow(ground.workflow, values), plan), pods, ground.site, request, plan)
     if namespace is not None:

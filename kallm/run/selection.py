@@ -3,6 +3,7 @@
 from typing import Literal, TypedDict, get_args
 
 from kallm.errors import WrongConfiguration, did_you_mean
+from kallm.results.record import StudyDocument
 from kallm.run.finished import is_finished
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan
@@ -21,6 +22,8 @@ class Pod(TypedDict):
     """Labels of cells, joined by commas: an argument of ``kallm cell``."""
     variant: str
     seed: str
+    study: str
+    """The full name, ``NAME.HASH``, under which the store holds the study as it was planned."""
 
 
 def select_cells(plan: Plan, selection: str, store: Store | None = None) -> list[Cell]:
@@ -44,8 +47,8 @@ def select_cells(plan: Plan, selection: str, store: Store | None = None) -> list
     return [cell for cell in plan.cells if {cell.label, cell.id} & names]
 
 
-def group_cells(cells: list[Cell], share: Share) -> list[Pod]:
-    """Return the pods that cells go to, in the order of their first cells; a cell without a seed has its own."""
+def group_cells(document: StudyDocument, cells: list[Cell], share: Share) -> list[Pod]:
+    """Return the pods that a study's cells go to, in the order of their first cells; one without a seed has its own."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         together = share == "seed" and cell.seed is not None
@@ -56,6 +59,7 @@ def group_cells(cells: list[Cell], share: Share) -> list[Pod]:
             cells=",".join(cell.label for cell in group),
             variant=group[0].name if len(group) == 1 else "all",
             seed="none" if group[0].seed is None else str(group[0].seed),
+            study=f"{document.name}.{document.hash}",
         )
         for name, group in groups.items()
     ]
