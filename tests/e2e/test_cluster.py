@@ -260,7 +260,11 @@ def test_half_on_the_host_submitted_twice_and_the_namespace_lost(place: Place, h
     for _ in range(2):
         place.submit(study, "--engine", "jobs")
     place.wait_until_training(study)
-    kubectl("delete", "namespace", place.namespace, "--wait=true", "--timeout=300s")
+    kubectl("delete", "namespace", place.namespace, "--wait=false")
+    # Kubernetes keeps a failed pod of such a Job until its replacement stands, which this namespace no longer takes:
+    # without this line it would be terminating for ever (KEP 3850, with the ordered deletion of Kubernetes 1.34)
+    place.kubectl("delete", "jobs", "--all")
+    kubectl("wait", "--for=delete", f"namespace/{place.namespace}", "--timeout=300s")
     place.set_up()  # the store's folder is outside the namespace
     place.submit(study, "--engine", "jobs", "--watch")
     assert_equal_to_host(place, host, study)
