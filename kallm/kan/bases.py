@@ -4,14 +4,15 @@ The constant function is the same for every input, so a layer keeps it in one bi
 (float64 for float64) and rounded once. Legend: D inputs, K basis functions.
 """
 
-from collections.abc import Iterable
+from abc import abstractmethod
 from math import comb, factorial, pi
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kallm.kan.basis import Basis, Blocks
+from kallm.kan.basis import Basis, Blocks, centred
 from kallm.kan.layerspec import BASIS_SETTINGS, BasisSpec
 from kallm.kan.polynomials import Chebyshev1, Chebyshev2, Gegenbauer, Hermite, Jacobi, Legendre, Monomial
 
@@ -21,17 +22,22 @@ __all__ = ["BASES", "BSpline", "Fourier", "Gaussian", "Switch", "Wavelet", "buil
 class Fourier(Basis):
     """cos(π t), sin(π t), …, cos(n π t), sin(n π t), of period 2; K = 2 × degree."""
 
+    unit = pi
+
     def __init__(self, *, degree: int) -> None:
         self.size = 2 * degree
 
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
+    def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
         angles = [t * (pi * k) for k in range(1, self.size // 2 + 1)]
-        return [f(angle) for angle in angles for f in (torch.cos, torch.sin)]
+        return centred([f(angle) for angle in angles for f in (torch.cos, torch.sin)], centres)
 
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
+    def with_slopes(
+        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
+    ) -> tuple[Blocks, Blocks]:
         values = self.values(t)
         pairs = zip(values[::2], values[1::2], strict=True)
-        return values, [s for k, (cos, sin) in enumerate(pairs, start=1) for s in (sin * (-pi * k), cos * (pi * k))]
+        slopes = [s for k, (cos, sin) in enumerate(pairs, start=1) for s in (sin * -k, cos * k)]
+        return centred(values, centres), slopes
 
 
 class BSpline(Basis):
@@ -44,50 +50,64 @@ class BSpline(Basis):
 
     def __init__(self, *, size: int, order: int | None = None) -> None:
         self.size = size
-        self._order = min(3, size) if order is None else order
-        self._per_unit = (size + 1 - self._order) / 2
+        self._order = order = min(3, size) if order is None else order
+        self._per_unit = (size + 1 - order) / 2
+        self._weights = [(-1) ** m * comb(order + 1, m) / factorial(order) for m in range(order // 2 + 1)]
+        self.unit = -order * self._per_unit * self._weights[0]
 
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
-        distance = self._offsets(t).abs_()
-        terms = ((_reach(distance, edge).pow(self._order), weight) for edge, weight in self._terms())
-        return _sum(terms)
+    def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
+        reaches = self._reaches(self._offsets(t).abs_())
+        return self._sum([reach.pow(self._order) for reach in reaches], centres)
 
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
-        order, offset = self._order, self._offsets(t)
-        distance = offset.abs()
-        inside = (t.abs() <= 1) * (-order * self._per_unit)
-        values, slopes = [], []
-        for edge, weight in self._terms():
-            reach = _reach(distance, edge)
-            power = reach.pow(order - 1) if order > 1 else reach.sign()
-            values.append((reach.mul_(power), weight))
-            slopes.append((power, weight))
-        return _sum(values), _sum(slopes).mul_(offset.sign_()).mul_(inside)
+    def with_slopes(
+        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
+    ) -> tuple[Blocks, Blocks]:
+        values, slopes = self._with_slopes_inside(t, centres)
+        return values, slopes.mul_(_inside(t))
+
+    def values_and_gradient(
+        self, t: Float[Tensor, "n d"], pulled: Float[Tensor, "K n d"], centres: Float[Tensor, "K d"]
+    ) -> tuple[Blocks, Float[Tensor, "n d"]]:
+        values, slopes = self._with_slopes_inside(t, centres)
+        return values, slopes.mul_(pulled).sum(dim=0).mul_(_inside(t))
+
+    def _with_slopes_inside(
+        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None
+    ) -> tuple[Tensor, Tensor]:
+        offset = self._offsets(t)
+        reaches = self._reaches(offset.abs())
+        powers = [reach.pow(self._order - 1) if self._order > 1 else reach.sign() for reach in reaches]
+        values = self._sum([reach.mul_(power) for reach, power in zip(reaches, powers, strict=True)], centres)
+        slopes = powers[0]
+        for power, weight in zip(powers[1:], self._weights[1:], strict=True):
+            slopes.add_(power, alpha=weight / self._weights[0])
+        return values, slopes.mul_(offset.sign_())
 
     def _offsets(self, t: Float[Tensor, "... D"]) -> Float[Tensor, "K ... D"]:
         """Return the distance, in intervals, from the middle of every function."""
         middles = torch.arange(self.size, device=t.device, dtype=t.dtype) - (self._order - 3) / 2
         return (t.clamp(-1, 1) + 1).mul(self._per_unit) - middles.view(-1, *[1] * t.ndim)
 
-    def _terms(self) -> list[tuple[float, float]]:
-        """Return the distance at which each truncated power of M_p's half ends, and its factor."""
-        order = self._order
-        middle = (order + 1) / 2
-        return [(middle - m, (-1) ** m * comb(order + 1, m) / factorial(order)) for m in range(order // 2 + 1)]
+    def _reaches(self, distance: Float[Tensor, "K ... D"]) -> list[Tensor]:
+        """Return max(e - distance, 0) for the ends e of the truncated powers of M_p's half."""
+        reaches = [torch.rsub(distance, (self._order + 1) / 2).clamp_min_(0)]
+        for _ in self._weights[1:]:
+            reaches.append(F.softshrink(reaches[-1], 1.0))  # max(reach - 1, 0) in one pass
+        return reaches
+
+    def _sum(self, powers: list[Tensor], centres: Float[Tensor, "K D"] | None) -> Float[Tensor, "K ... D"]:
+        start = (
+            powers[0].new_zeros(()) if centres is None else -centres.view(self.size, *[1] * (powers[0].ndim - 2), -1)
+        )
+        total = torch.add(start, powers[0], alpha=self._weights[0])
+        for power, weight in zip(powers[1:], self._weights[1:], strict=True):
+            total.add_(power, alpha=weight)
+        return total
 
 
-def _reach(distance: Tensor, edge: float) -> Tensor:
-    """Return max(edge - distance, 0)."""
-    return torch.rsub(distance, edge).clamp_min_(0)
-
-
-def _sum(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
-    """Return the sum of tensors times factors; it may write into the first."""
-    (first, weight), *rest = terms
-    total = first.mul(weight)
-    for term, weight in rest:
-        total.add_(term, alpha=weight)
-    return total
+def _inside(t: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """Return 1 where t is on the grid, else 0."""
+    return (t.abs() <= 1).to(t.dtype)
 
 
 class _Bumps(Basis):
@@ -96,49 +116,64 @@ class _Bumps(Basis):
     def __init__(self, *, size: int) -> None:
         self.size = size
         self._first, self._width = (-1.0, 2 / (size - 1)) if size > 1 else (0.0, 1.0)
+        self.unit = 1 / self._width
 
     def _places(self, t: Float[Tensor, "... D"]) -> Float[Tensor, "K ... D"]:
         """Return z for every centre."""
         centres = torch.arange(self.size, device=t.device, dtype=t.dtype).view(-1, *[1] * t.ndim)
         return (t - self._first) / self._width - centres
 
+    def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
+        return centred(self._shape(self._places(t))[0], centres)
+
+    def with_slopes(
+        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
+    ) -> tuple[Blocks, Blocks]:
+        values, parts = self._shape(self._places(t))
+        slopes = self._slope(values, *parts)
+        return centred(values, centres), slopes
+
+    @abstractmethod
+    def _shape(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return ψ(z) and what ψ' needs of the way there; z may be overwritten."""
+
+    @abstractmethod
+    def _slope(self, values: Tensor, *parts: Tensor) -> Tensor:
+        """Return ψ'(z)."""
+
 
 class Gaussian(_Bumps):
     """ψ(z) = exp(-z²) in (0, 1] (Li 2024, FastKAN)."""
 
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
-        return self._places(t).square().neg_().exp_()
+    def _shape(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return z.square().neg_().exp_(), (z,)
 
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
-        z = self._places(t)
-        values = z.square().neg_().exp_()
-        return values, (z * values).mul_(-2 / self._width)
+    def _slope(self, values: Tensor, *parts: Tensor) -> Tensor:
+        return (parts[0] * -2).mul_(values)
 
 
 class Switch(_Bumps):
     """ψ(z) = 1 - tanh² z in (0, 1], the reflectional switch (Delis 2024, FasterKAN)."""
 
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
-        return 1 - self._places(t).tanh().square()
+    def _shape(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        bent = z.tanh()
+        return torch.addcmul(z.new_ones(()), bent, bent, value=-1), (bent,)
 
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
-        bent = self._places(t).tanh()
-        values = 1 - bent.square()
-        return values, (bent * values).mul_(-2 / self._width)
+    def _slope(self, values: Tensor, *parts: Tensor) -> Tensor:
+        return (parts[0] * -2).mul_(values)
 
 
 class Wavelet(_Bumps):
     """ψ(z) = (1 - z²) exp(-z²/2), the Mexican hat, in [-2 exp(-3/2), 1] (Bozorgasl and Chen 2024, Wav-KAN)."""
 
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
-        square = self._places(t).square()
-        return (1 - square) * (square / -2).exp()
-
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
-        z = self._places(t)
+    def _shape(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         square = z.square()
         bell = (square / -2).exp_()
-        return (1 - square) * bell, (square - 3).mul_(z).mul_(bell).div_(self._width)
+        return torch.addcmul(bell, square, bell, value=-1), (z, square, bell)
+
+    def _slope(self, values: Tensor, *parts: Tensor) -> Tensor:
+        z, square, bell = parts
+        return (square - 3).mul_(z).mul_(bell)
 
 
 def build_basis(spec: BasisSpec) -> Basis:

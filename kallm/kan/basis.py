@@ -1,4 +1,4 @@
-"""What a basis is. Legend: D inputs, K basis functions."""
+"""What a basis is. Legend: n rows, d inputs, D inputs of any shape, K basis functions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Basis", "Blocks"]
+__all__ = ["Basis", "Blocks", "centred"]
 
 Blocks = Tensor | Sequence[Tensor]
-"""One tensor [K ... D], or K tensors [... D], of which a slope that is the same everywhere may be a scalar."""
+"""One tensor [K ... D], or K tensors [... D], of which a slope that is 1 everywhere may be a scalar."""
 
 
 class Basis(ABC):
@@ -18,19 +18,48 @@ class Basis(ABC):
 
     ``values`` and ``with_slopes`` take float32 or float64 and give the functions one after another, as a layer's
     matrix product needs them; calling the basis gives them along the last axis.
+
+    Attributes:
+        size: K.
+        unit: the derivatives are given as multiples of it, so that a constant factor costs no pass over the memory.
     """
 
     size: int
+    unit: float = 1.0
 
     @abstractmethod
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
-        """Return the K functions at t."""
+    def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
+        """Return the K functions at t, less their centres."""
 
     @abstractmethod
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
-        """Return the K functions and their K derivatives at t."""
+    def with_slopes(
+        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
+    ) -> tuple[Blocks, Blocks]:
+        """Return the K functions at t, less their centres, and their K derivatives over ``unit``."""
+
+    def values_and_gradient(
+        self, t: Float[Tensor, "n d"], pulled: Float[Tensor, "K n d"], centres: Float[Tensor, "K d"]
+    ) -> tuple[Blocks, Float[Tensor, "n d"]]:
+        """Return the centred functions at t, and t's gradient over ``unit`` for the functions' gradient ``pulled``."""
+        values, slopes = self.with_slopes(t, centres)
+        if isinstance(slopes, Tensor):
+            return values, slopes.mul_(pulled).sum(dim=0)
+        first = pulled[0].to(t.dtype)
+        total = first if slopes[0].ndim == 0 else slopes[0] * first
+        for slope, block in zip(slopes[1:], pulled[1:], strict=True):
+            total = torch.addcmul(total, slope, block.to(t.dtype))
+        return values, total
 
     def __call__(self, t: Float[Tensor, "... D"]) -> Float[Tensor, "... D K"]:
         """Return the K functions at t along a new last axis, in t's dtype."""
         inner = t if t.dtype is torch.float64 else t.float()
         return torch.stack(list(self.values(inner)), dim=-1).to(t.dtype)
+
+
+def centred(values: Blocks, centres: Float[Tensor, "K D"] | None) -> Blocks:
+    """Return the functions less their centres; it may write into the functions."""
+    if centres is None:
+        return values
+    if isinstance(values, Tensor):
+        return values.sub_(centres.view(len(values), *[1] * (values.ndim - 2), -1))
+    return [value.sub_(centre) for value, centre in zip(values, centres, strict=True)]

@@ -3,8 +3,6 @@
 Legend: N rows (B × T tokens), D inputs, O outputs, F functions of all inputs (K × D where there is one basis).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,16 +11,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kallm.kan.bases import build_basis
-from kallm.kan.basis import Basis, Blocks
+from kallm.kan.branches import Branch, list_branches
 from kallm.kan.calibration import require_variation, rescaled, root_mean_square
 from kallm.kan.layerspec import LayerSpec
-from kallm.kan.squashes import SQUASHES, Squashing
 
 __all__ = ["KANLinear"]
 
-_CHUNK_ELEMENTS = {"cpu": 2**18}
-_OTHER_CHUNK_ELEMENTS = 2**26
+_CHUNK_ELEMENTS = {"cpu": 2**17}
+"""How many numbers are computed at once: what stays in a core's own cache."""
+_PRODUCT_ELEMENTS = {"cpu": 5 * 2**19}
+"""How many numbers are kept for one matrix product: fewer make it slower, more cost fresh memory from the system."""
+_OTHER_ELEMENTS = 2**26
 
 
 class KANLinear(nn.Module):
@@ -56,7 +55,7 @@ class KANLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.layer = in_features, out_features, layer
-        self._branches = tuple(_branches(layer, in_features))
+        self._branches = tuple(list_branches(layer, in_features))
         num_columns = layer.num_columns(in_features)
         self._num_constants = in_features if layer.constants == "stored" else 0
         self.linear = nn.Linear(
@@ -77,14 +76,23 @@ class KANLinear(nn.Module):
         """Return [... O]."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.linear.weight.dtype
+        rows = x.reshape(-1, self.in_features)
+        if not _is_plain(self.linear):
+            return self._through(rows, dtype).view(*x.shape[:-1], self.out_features)
         weight: Tensor = self.linear.weight
         bias: Tensor = self.linear.bias
         if self._num_constants:
             bias = weight[:, : self._num_constants].sum(dim=1)
             weight = weight[:, self._num_constants :]
-        rows = x.reshape(-1, self.in_features)
         y: Tensor = _Recomputed.apply(rows, weight, bias, self.scale, self.mean, self._branches, dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _through(self, rows: Float[Tensor, "N D"], dtype: torch.dtype) -> Float[Tensor, "N O"]:
+        """Call the linear map as a module, so that what wraps it (an adapter, a quantiser, a hook) takes part."""
+        table: Tensor = _Functions.apply(rows, self.scale, self.mean, self._branches, dtype)
+        ones = table.new_ones((table.shape[0], self._num_constants))
+        y: Tensor = self.linear(torch.cat([ones, table], dim=1) if self._num_constants else table)
+        return y
 
     @torch.no_grad()
     def reset_parameters(
@@ -118,49 +126,6 @@ class KANLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.layer.model_dump(exclude_none=True)}"
 
 
-@dataclass(frozen=True)
-class _Branch:
-    """One basis, its inputs from start to stop, and its columns from ``column`` on."""
-
-    basis: Basis
-    squash: Squashing
-    start: int
-    stop: int
-    column: int
-
-    def write(self, table: Float[Tensor, "n F"], values: Blocks, mean: Float[Tensor, " F"]) -> None:
-        """Write the centred values into this branch's columns of the table."""
-        blocks, centres = self._blocks(table), self._blocks(mean[None])
-        if isinstance(values, Tensor):
-            blocks.copy_(values - centres)
-            return
-        for value, block, centre in zip(values, blocks, centres, strict=True):
-            block.copy_(value - centre)
-
-    def pull_back(self, pulled: Float[Tensor, "n F"], slopes: Blocks) -> Float[Tensor, "n d"]:
-        """Return the sum of the functions' gradients times their slopes."""
-        blocks = self._blocks(pulled)
-        if isinstance(slopes, Tensor):
-            return (slopes * blocks).sum(dim=0)
-        total = slopes[0] * blocks[0].to(slopes[0].dtype)
-        for slope, block in zip(slopes[1:], blocks[1:], strict=True):
-            total = torch.addcmul(total, slope, block.to(slope.dtype))
-        return total
-
-    def _blocks(self, table: Float[Tensor, "n F"]) -> Float[Tensor, "K n d"]:
-        """Return this branch's columns, function by function."""
-        width = self.stop - self.start
-        own = table[:, self.column : self.column + self.basis.size * width]
-        return own.view(-1, self.basis.size, width).transpose(0, 1)
-
-
-def _branches(layer: LayerSpec, in_features: int) -> Iterator[_Branch]:
-    start = column = 0
-    for spec, width in zip(layer.branches, layer.channels(in_features), strict=True):
-        yield _Branch(build_basis(spec), SQUASHES[spec.squash or layer.squash], start, start + width, column)
-        start, column = start + width, column + width * spec.num_functions
-
-
 class _Recomputed(torch.autograd.Function):
     """The layer, with a backward that needs the input only."""
 
@@ -172,85 +137,133 @@ class _Recomputed(torch.autograd.Function):
         bias: Float[Tensor, " O"],
         scale: Float[Tensor, " D"],
         mean: Float[Tensor, " F"],
-        branches: tuple[_Branch, ...],
+        branches: tuple[Branch, ...],
         dtype: torch.dtype,
     ) -> Float[Tensor, "N O"]:
         ctx.save_for_backward(x, weight, scale, mean)
         ctx.branches, ctx.dtype, ctx.bias_dtype = branches, dtype, bias.dtype
-        return F.linear(_functions(x, scale, mean, branches, dtype), weight.to(dtype), bias.to(dtype))
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        parts = [
+            F.linear(_functions(x[rows], scale, mean, branches, dtype), weight, bias)
+            for rows in _row_slices(x, mean.shape[0], _PRODUCT_ELEMENTS)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "N O"]) -> tuple[Tensor | None, ...]:
         x, weight, scale, mean = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_scale = ctx.needs_input_grad[:4]
-        grad_x = grad_weight = grad_bias = grad_scale = None
-        if needs_x or needs_scale:
-            pulled = grad @ weight.to(ctx.dtype)
-            grad_x, grad_scale, functions = _pull_back(x, scale, mean, ctx.branches, pulled, needs_scale)
-        elif needs_weight:
-            functions = _functions(x, scale, mean, ctx.branches, ctx.dtype)
-        if needs_weight:
-            grad_weight = (grad.T @ functions).to(weight.dtype)
-        if needs_bias:
-            grad_bias = grad.sum(dim=0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_scale, None, None, None
+        grad_x = torch.empty_like(x) if needs_x or needs_scale else None
+        grad_scale = torch.zeros_like(scale, dtype=_inner(x)) if needs_scale else None
+        grad_weight: Tensor | None = None
+        cast = weight.to(ctx.dtype)
+        for rows in _row_slices(x, mean.shape[0], _PRODUCT_ELEMENTS):
+            if grad_x is not None:
+                functions = grad[rows] @ cast
+                _pull_back_(functions, x[rows], scale, mean, ctx.branches, grad_x[rows], grad_scale)
+            elif needs_weight:
+                functions = _functions(x[rows], scale, mean, ctx.branches, ctx.dtype)
+            if needs_weight:
+                part = grad[rows].T @ functions
+                grad_weight = part if grad_weight is None else grad_weight.to(_inner(x)).add_(part)
+        return (
+            grad_x if needs_x else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None,
+            None if grad_scale is None else grad_scale.to(scale.dtype),
+            *(None, None, None),
+        )
+
+
+class _Functions(torch.autograd.Function):
+    """The functions alone, with a backward that needs the input only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "N D"],
+        scale: Float[Tensor, " D"],
+        mean: Float[Tensor, " F"],
+        branches: tuple[Branch, ...],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "N F"]:
+        ctx.save_for_backward(x, scale, mean)
+        ctx.branches = branches
+        return _functions(x, scale, mean, branches, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "N F"]) -> tuple[Tensor | None, ...]:
+        x, scale, mean = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_scale = torch.zeros_like(scale, dtype=_inner(x)) if ctx.needs_input_grad[1] else None
+        # a copy, because the functions are written over it
+        _pull_back_(grad.clone(), x, scale, mean, ctx.branches, grad_x, grad_scale)
+        return grad_x, None if grad_scale is None else grad_scale.to(scale.dtype), None, None, None
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear map's weight and bias are all that it does."""
+    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 def _functions(
     x: Float[Tensor, "N D"],
     scale: Float[Tensor, " D"],
     mean: Float[Tensor, " F"],
-    branches: tuple[_Branch, ...],
+    branches: tuple[Branch, ...],
     dtype: torch.dtype,
 ) -> Float[Tensor, "N F"]:
     """Return the centred functions of all inputs, rounded once."""
     inner = _inner(x)
     scale, mean = scale.to(inner), mean.to(inner)
     table = x.new_empty((x.shape[0], mean.shape[0]), dtype=dtype)
-    for rows in _row_slices(x, mean.shape[0]):
-        for branch in branches:
-            own = slice(branch.start, branch.stop)
-            values = branch.basis.values(branch.squash.value(x[rows, own] * scale[own]))
-            branch.write(table[rows], values, mean)
+    slices = _row_slices(x, mean.shape[0], _CHUNK_ELEMENTS)
+    for branch in branches:
+        own_scale, centres = branch.inputs(scale), branch.blocks(mean[None])[:, 0]
+        for rows in slices:
+            t = branch.squash.value(branch.inputs(x[rows]).to(inner) * own_scale)
+            branch.write(table[rows], branch.basis.values(t, centres))
     return table
 
 
-def _pull_back(
+def _pull_back_(
+    pulled: Float[Tensor, "N F"],
     x: Float[Tensor, "N D"],
     scale: Float[Tensor, " D"],
     mean: Float[Tensor, " F"],
-    branches: tuple[_Branch, ...],
-    pulled: Float[Tensor, "N F"],
-    needs_scale: bool,
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, " D"] | None, Float[Tensor, "N F"]]:
-    """Return the gradients of x and scale for the functions' gradient ``pulled``, and the functions again."""
-    inner, scale_dtype = _inner(x), scale.dtype
+    branches: tuple[Branch, ...],
+    grad_x: Float[Tensor, "N D"],
+    grad_scale: Float[Tensor, " D"] | None,
+) -> None:
+    """Write x's gradient for the functions' gradient ``pulled``, add scale's, and put the functions into ``pulled``."""
+    inner = _inner(x)
     scale, mean = scale.to(inner), mean.to(inner)
-    grad_x, grad_scale, table = torch.empty_like(x), torch.zeros_like(scale), torch.empty_like(pulled)
-    for rows in _row_slices(x, mean.shape[0]):
-        for branch in branches:
-            own = slice(branch.start, branch.stop)
-            z = x[rows, own] * scale[own]
+    slices = _row_slices(x, mean.shape[0], _CHUNK_ELEMENTS)
+    for branch in branches:
+        own_scale, centres = branch.inputs(scale), branch.blocks(mean[None])[:, 0]
+        factor = own_scale * branch.basis.unit
+        for rows in slices:
+            exact, part = branch.inputs(x[rows]).to(inner), pulled[rows]
+            z = exact * own_scale
             t = branch.squash.value(z)
-            values, slopes = branch.basis.with_slopes(t)
-            branch.write(table[rows], values, mean)
-            grad_z = branch.squash.pull_back(z, t, branch.pull_back(pulled[rows], slopes))
-            grad_x[rows, own] = grad_z * scale[own]
-            if needs_scale:
-                grad_scale[own] += (grad_z * x[rows, own]).sum(dim=0)
-    return grad_x, grad_scale.to(scale_dtype) if needs_scale else None, table
+            values, grad_t = branch.basis.values_and_gradient(t, branch.blocks(part), centres)
+            grad_z = branch.squash.pull_back(z, t, grad_t)
+            branch.inputs(grad_x[rows]).copy_(grad_z * factor)
+            if grad_scale is not None:
+                branch.inputs(grad_scale).add_((grad_z * exact).sum(dim=0), alpha=branch.basis.unit)
+            branch.write(part, values)  # last, because the gradients may be views of the same rows
 
 
 def _inner(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _row_slices(x: Float[Tensor, "N D"], num_columns: int) -> Iterator[slice]:
-    """Yield slices of rows whose functions stay in the CPU's cache, and bound what an accelerator holds at once."""
+def _row_slices(x: Float[Tensor, "N D"], num_columns: int, elements: dict[str, int]) -> list[slice]:
+    """Return slices of all rows, of about equal size, each with at most so many functions on x's device."""
     if torch.compiler.is_compiling():
-        yield slice(None)
-        return
-    step = max(1, _CHUNK_ELEMENTS.get(x.device.type, _OTHER_CHUNK_ELEMENTS) // max(num_columns, 1))
-    for start in range(0, x.shape[0], step):
-        yield slice(start, start + step)
+        return [slice(None)]
+    parts = max(1, -(-x.shape[0] * num_columns // elements.get(x.device.type, _OTHER_ELEMENTS)))
+    step = max(1, -(-x.shape[0] // parts))
+    return [slice(start, start + step) for start in range(0, max(1, x.shape[0]), step)]

@@ -1,4 +1,4 @@
-"""Polynomial bases, all by one three-term recurrence. Legend: D inputs, K basis functions."""
+"""Polynomial bases, all by one three-term recurrence. Legend: n rows, d or D inputs, K basis functions."""
 
 from abc import abstractmethod
 
@@ -6,74 +6,104 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kallm.kan.basis import Basis, Blocks
+from kallm.kan.basis import Basis, Blocks, centred
 
-__all__ = ["Chebyshev1", "Chebyshev2", "Gegenbauer", "Hermite", "Jacobi", "Legendre", "Monomial"]
+__all__ = ["Chebyshev1", "Chebyshev2", "Gegenbauer", "Hermite", "Jacobi", "Legendre", "Monomial", "Polynomials"]
 
 
-class _Recurrence(Basis):
-    """Polynomials p_1 … p_K by p_{n+1} = (a t + b) p_n - c p_{n-1} with p_0 = 1 and p_{-1} = 0."""
+class Polynomials(Basis):
+    """Polynomials p_1 … p_K by p_{n+1} = (a t + b) p_n - c p_{n-1} with p_0 = 1 and p_{-1} = 0.
+
+    The first two are computed straight from t, because most layers have no more.
+    """
 
     def __init__(self, *, degree: int) -> None:
         self.size = degree
         self._steps = [self._step(n) for n in range(degree)]
+        first, constant, _ = self._steps[0]
+        self.unit = first
+        self._lowest = [(constant, first, 0.0)]
+        for a, b, c in self._steps[1:2]:
+            self._lowest.append((b * constant - c, a * constant + b * first, a * first))
 
     @abstractmethod
     def _step(self, n: int) -> tuple[float, float, float]:
         """Return a, b and c of the step from n to n + 1."""
 
-    def values(self, t: Float[Tensor, "... D"]) -> Blocks:
-        a, b, _ = self._steps[0]
-        values = [t * a + b if b else t * a]
-        for n, (a, b, c) in enumerate(self._steps[1:], start=1):
-            before = values[n - 2] if n > 1 else t.new_ones(())
-            values.append(_step(t, values[n - 1], before, a, b, -c))
+    def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
+        if centres is None:
+            return self._polynomials(t)
+        lowest = [_quadratic(t, *low, centre) for low, centre in zip(self._lowest, centres, strict=False)]
+        if self.size <= 2:
+            return lowest
+        return [*lowest, *centred(self._polynomials(t)[2:], centres[2:])]
+
+    def with_slopes(
+        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
+    ) -> tuple[Blocks, Blocks]:
+        values = self._polynomials(t)
+        slopes = [t.new_ones(())]
+        if self.size > 1:
+            _, linear, square = self._lowest[1]
+            slopes.append((t * (2 * square / self.unit)).add_(linear / self.unit))
+        for n, (a, b, c) in enumerate(self._steps[2:], start=2):
+            rest = torch.add(values[n - 1] * (a / self.unit), slopes[n - 2], alpha=-c)
+            slopes.append(_step(t, slopes[n - 1], rest, a, b))
+        return centred(values, centres), slopes
+
+    def values_and_gradient(
+        self, t: Float[Tensor, "n d"], pulled: Float[Tensor, "K n d"], centres: Float[Tensor, "K d"]
+    ) -> tuple[Blocks, Float[Tensor, "n d"]]:
+        if self.size != 2:
+            return super().values_and_gradient(t, pulled, centres)
+        _, linear, square = self._lowest[1]
+        first, second = pulled.to(t.dtype)
+        total = torch.addcmul(first, t, second, value=2 * square / self.unit)
+        return self.values(t, centres), total.add_(second, alpha=linear / self.unit) if linear else total
+
+    def _polynomials(self, t: Float[Tensor, "... D"]) -> list[Tensor]:
+        values = [_quadratic(t, *low, None) for low in self._lowest]
+        for n, (a, b, c) in enumerate(self._steps[2:], start=2):
+            values.append(_step(t, values[n - 1], values[n - 2] * -c, a, b))
         return values
 
-    def with_slopes(self, t: Float[Tensor, "... D"]) -> tuple[Blocks, Blocks]:
-        values = self.values(t)
-        first, constant, _ = self._steps[0]
-        slopes = [t.new_full((), first)]
-        for n, (a, b, c) in enumerate(self._steps[1:], start=1):
-            if n == 1:
-                slope, offset = t * (2 * a * first), a * constant + b * first
-                slopes.append(slope + offset if offset else slope)
-            else:
-                rest = torch.add(values[n - 1] * a, slopes[n - 2], alpha=-c) if c else values[n - 1] * a
-                slopes.append(_step(t, slopes[n - 1], rest, a, b, 1.0))
-        return values, slopes
+
+def _quadratic(t: Tensor, constant: float, linear: float, square: float, centre: Tensor | None) -> Tensor:
+    """Return constant + linear t + square t² - centre, in as few passes over the memory as the constants allow."""
+    start = t.new_full((), constant) if centre is None else constant - centre
+    if not linear:
+        return torch.addcmul(start, t, t, value=square)
+    total = torch.add(start, t, alpha=linear)
+    return total.addcmul_(t, t, value=square) if square else total
 
 
-def _step(t: Tensor, current: Tensor, before: Tensor, a: float, b: float, scale: float) -> Tensor:
-    """Return (a t + b) current + scale before, in as few passes over the memory as the constants allow."""
-    if not scale and not b:
-        return (t * current).mul(a)
-    rest = before if scale == 1 else before * scale
+def _step(t: Tensor, current: Tensor, rest: Tensor, a: float, b: float) -> Tensor:
+    """Return (a t + b) current + rest."""
     return torch.addcmul(torch.add(rest, current, alpha=b) if b else rest, t, current, value=a)
 
 
-class Chebyshev1(_Recurrence):
+class Chebyshev1(Polynomials):
     """T_{n+1} = 2 t T_n - T_{n-1}, T_1 = t, on [-1, 1], where |T_n| ≤ 1 (Mason and Handscomb 2003, eq. 1.3)."""
 
     def _step(self, n: int) -> tuple[float, float, float]:
         return (2.0 if n else 1.0), 0.0, 1.0
 
 
-class Chebyshev2(_Recurrence):
+class Chebyshev2(Polynomials):
     """U_{n+1} = 2 t U_n - U_{n-1}, U_1 = 2 t, on [-1, 1], where |U_n| ≤ n + 1 (Mason and Handscomb 2003, eq. 1.6)."""
 
     def _step(self, n: int) -> tuple[float, float, float]:
         return 2.0, 0.0, 1.0
 
 
-class Legendre(_Recurrence):
+class Legendre(Polynomials):
     """(n + 1) P_{n+1} = (2n + 1) t P_n - n P_{n-1}, P_1 = t, on [-1, 1], where |P_n| ≤ 1 (DLMF 18.9.1)."""
 
     def _step(self, n: int) -> tuple[float, float, float]:
         return (2 * n + 1) / (n + 1), 0.0, n / (n + 1)
 
 
-class Gegenbauer(_Recurrence):
+class Gegenbauer(Polynomials):
     """(n + 1) C_{n+1} = 2 (n + α) t C_n - (n + 2α - 1) C_{n-1}, C_1 = 2 α t, on [-1, 1], α > -1/2 (DLMF 18.9.1)."""
 
     def __init__(self, *, degree: int, alpha: float) -> None:
@@ -84,7 +114,7 @@ class Gegenbauer(_Recurrence):
         return 2 * (n + self._alpha) / (n + 1), 0.0, (n + 2 * self._alpha - 1) / (n + 1)
 
 
-class Jacobi(_Recurrence):
+class Jacobi(Polynomials):
     """P_{n+1} = (a_n t + b_n) P_n - c_n P_{n-1}, P_1 = ((α + β + 2) t + α - β) / 2, on [-1, 1] (DLMF 18.9.1-2)."""
 
     def __init__(self, *, degree: int, alpha: float, beta: float) -> None:
@@ -103,14 +133,14 @@ class Jacobi(_Recurrence):
         return a, b, c
 
 
-class Monomial(_Recurrence):
+class Monomial(Polynomials):
     """t, t², …, t^K on the real line; within [-1, 1] after a squash."""
 
     def _step(self, n: int) -> tuple[float, float, float]:
         return 1.0, 0.0, 0.0
 
 
-class Hermite(_Recurrence):
+class Hermite(Polynomials):
     """He_{n+1} = t He_n - n He_{n-1}, He_1 = t, on the real line (the probabilists' form, DLMF 18.9.1)."""
 
     def _step(self, n: int) -> tuple[float, float, float]:

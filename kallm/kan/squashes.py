@@ -35,9 +35,33 @@ def _clamp(z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return z.clamp(-1, 1)
 
 
+def _none(z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    return z
+
+
+# functions with names of their own, because a model is pickled with its layers
+
+
+def _pull_tanh(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
+    pulled: Tensor = torch.ops.aten.tanh_backward(grad, t)
+    return pulled
+
+
+def _pull_algebraic(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
+    return grad * torch.rsqrt(1 + z * z).pow(3)
+
+
+def _pull_clamp(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
+    return grad * (z == t)
+
+
+def _pull_none(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
+    return grad
+
+
 SQUASHES: dict[Squash, Squashing] = {
-    "tanh": Squashing(torch.tanh, lambda z, t, grad: torch.addcmul(grad, grad * t, t, value=-1), spread=1.0),
-    "algebraic": Squashing(_algebraic, lambda z, t, grad: grad * torch.rsqrt(1 + z * z).pow(3), spread=1.0),
-    "clamp": Squashing(_clamp, lambda z, t, grad: grad * (z == t), spread=0.5),
-    "none": Squashing(lambda z: z, lambda z, t, grad: grad, spread=0.5),
+    "tanh": Squashing(torch.tanh, _pull_tanh, spread=1.0),
+    "algebraic": Squashing(_algebraic, _pull_algebraic, spread=1.0),
+    "clamp": Squashing(_clamp, _pull_clamp, spread=0.5),
+    "none": Squashing(_none, _pull_none, spread=0.5),
 }
