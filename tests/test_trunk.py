@@ -1,48 +1,41 @@
 """Trunk and tail against the whole model."""
 
+from typing import Any
+
 import pytest
 import torch
+from architectures import VOCABULARY, make_architecture
 from conftest import make_model
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from kallm.errors import WrongConfiguration
 from kallm.model.trunk import HiddenCache, Passage, assembled, split
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "vocab_size": 99,
-    "max_position_embeddings": 128,
-}
-ARCHITECTURES = {
-    "llama": lambda: make_model(vocab_size=99),
-    "qwen2": lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, num_key_value_heads=2)),
-    "qwen2 with sliding windows": lambda: AutoModelForCausalLM.from_config(
-        Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=3)
-    ),
-    "qwen3": lambda: AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)),
-    "mistral": lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, num_key_value_heads=2)),
-    "gpt-neox": lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES)),
-}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+CASES = [(name, {}) for name in ("gpt-neox", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")]
 
 
-def packed(lengths: list[int], vocabulary: int = 99) -> Passage:
+def packed(lengths: list[int], vocabulary: int = VOCABULARY) -> Passage:
     ids = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     return Passage(ids, torch.cat([torch.arange(length) for length in lengths]))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "changes"), [*CASES, ("gemma2", {"final_logit_softcapping": None}), ("qwen2", SLIDING)]
+)
 @pytest.mark.parametrize("num_tail_blocks", [2, 5])
-def test_trunk_and_tail_equal_the_whole_model_bitwise(name: str, num_tail_blocks: int) -> None:
-    model = ARCHITECTURES[name]().eval()
+def test_trunk_and_tail_equal_the_whole_model_bitwise(name: str, changes: dict[str, Any], num_tail_blocks: int) -> None:
+    model = make_architecture(name, num_blocks=5, **changes)
     trunk, tail = split(model, num_tail_blocks)
     passage = packed([5, 9])
     with torch.no_grad():
         whole = model(passage.input_ids[None], position_ids=passage.position_ids[None], use_cache=False).logits
         parts = tail.head(tail.eval()(trunk(passage)[None], passage.position_ids[None]))
     assert torch.equal(whole, parts)
+
+
+def test_a_model_that_bends_its_logits_is_refused() -> None:
+    with pytest.raises(WrongConfiguration, match="bends its logits"):
+        split(make_architecture("gemma2", num_blocks=5, final_logit_softcapping=30.0), 2)
 
 
 def test_the_real_model_splits_bitwise(real_model) -> None:

@@ -80,6 +80,8 @@ class Tail(nn.Module):
         base = model.base_model
         body = _with_blocks(base, cut, model.config.num_hidden_layers)
         body.set_input_embeddings(nn.Identity())
+        if hasattr(body, "wpe"):  # GPT-2 adds its positions to the tokens' embedding, before the first block
+            body.wpe = _NoPositions()
         self.body = copy.deepcopy(body)
         for index, block in enumerate(getattr(self.body, blocks_name(base))):
             _set_layer_index(block, index)
@@ -119,12 +121,24 @@ class Tail(nn.Module):
         return ".".join((body_prefix, *parts))
 
 
+class _NoPositions(nn.Module):
+    """Stands where learned positions are added: a tail's input has them already."""
+
+    def forward(self, position_ids: Int[Tensor, "*B T"]) -> Float[Tensor, ""]:
+        return torch.zeros((), device=position_ids.device)
+
+
 def split(model: PreTrainedModel, num_tail_blocks: int) -> tuple[Trunk, Tail]:
     """Split a causal language model into a trunk that shares its weights and a tail with weights of its own.
 
     Raises:
-        WrongConfiguration: the model has fewer blocks than the tail.
+        WrongConfiguration: the model has fewer blocks than the tail, or does more behind them than a norm and a head.
     """
+    if getattr(model.config, "final_logit_softcapping", None):
+        raise WrongConfiguration(
+            f"{type(model).__name__} bends its logits (final_logit_softcapping), which a tail's head does not: "
+            "set it to null in the model's config, or take another model"
+        )
     cut = model.config.num_hidden_layers - num_tail_blocks
     if cut < 0:
         raise WrongConfiguration(
@@ -207,7 +221,8 @@ def blocks_name(base: nn.Module) -> str:
     lists = {name: child for name, child in base.named_children() if isinstance(child, nn.ModuleList)}
     if not lists:
         raise WrongConfiguration(
-            f"{type(base).__name__} has no list of blocks; its children are {[n for n, _ in base.named_children()]}"
+            f"{type(base).__name__} has no list of blocks, so it cannot be split into trunk and tail; its children are "
+            f"{[n for n, _ in base.named_children()]}"
         )
     return max(lists, key=lambda name: len(lists[name]))
 
