@@ -3,14 +3,17 @@
 import importlib
 from typing import Any
 
-__all__ = ["BASES", "FFNS", "KANLinear", "RetrofitConfig", "retrofit_"]
+__all__ = ["BASES", "FFNS", "KANLinear", "RetrofitConfig", "export", "load", "retrofit_", "save"]
 
 _HOMES = {
     "BASES": "kallm.kan.bases",
     "FFNS": "kallm.kan.ffns",
     "KANLinear": "kallm.kan.linear",
     "RetrofitConfig": "kallm.model.retrofit",
+    "export": "kallm.model.exported",
+    "load": "kallm.model.saved",
     "retrofit_": "kallm.model.retrofit",
+    "save": "kallm.model.saved",
 }
 
 

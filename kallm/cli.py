@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kallm.commands.cluster import attach_cluster
+from kallm.commands.items import attach_items
+from kallm.commands.probe import attach_probe
+from kallm.commands.speak import attach_speak
 from kallm.commands.stored import attach
 from kallm.errors import (
     CellsMissing,
@@ -245,6 +248,9 @@ def table(
 
 attach(app)
 attach_cluster(app)
+attach_items(app)
+attach_probe(app)
+attach_speak(app)
 
 
 def main() -> None:

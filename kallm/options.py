@@ -101,10 +101,9 @@ def find_plan(store: Store, study: str, *, snapshots: bool = False) -> Plan:
         fetch_snapshots(found, store)
     plan = make_plan(found)
     if plan.document.hash != document.hash:
-        raise DataMismatch(
-            f"{study} was planned from other data: it names {document.study.get('sources')}, but here is "
-            f"{plan.document.study['sources']}; use the same versions, or plan the study anew"
-        )
+        there, here = document.study.get("sources"), plan.document.study["sources"]
+        what = f"from other data: it names {there}, but here is {here}" if there != here else "by another kallm"
+        raise DataMismatch(f"{study} was planned {what}; use the same versions, or plan the study anew")
     return plan
 
 

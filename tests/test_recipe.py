@@ -36,3 +36,17 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(num_rows: int) -
 def test_a_budget_of_zero_is_refused() -> None:
     with pytest.raises(ValidationError):
         Recipe(tokens=0)
+
+
+def test_what_changes_no_weight_is_not_in_a_cells_identity() -> None:
+    plain = Recipe(tokens=8).identity()
+    assert Recipe(tokens=8, checkpoint_s=1, report_to=["wandb"]).identity() == plain
+    assert "compile" not in plain
+    assert Recipe(tokens=8, compile=True).identity() == plain | {"compile": True}
+    assert Recipe(tokens=8, long_documents="drop").identity() == plain | {"long_documents": "drop"}
+    assert Recipe(tokens=8, lr=0.1).identity() == plain | {"lr": 0.1}
+
+
+def test_a_report_to_nowhere_known_is_refused() -> None:
+    with pytest.raises(ValidationError, match="report_to"):
+        Recipe(tokens=8, report_to=["tensorbord"])

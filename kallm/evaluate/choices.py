@@ -163,6 +163,7 @@ def _answer(item: BBHItem, options: tuple[str, ...], log_likelihoods: list[float
     return {
         "id": item.id,
         "task": item.task,
+        "prompt": prompt_of(item),
         "gold": gold,
         "choice": choice,
         "choice_norm": choice_norm,

@@ -1,16 +1,10 @@
-"""BIG-Bench Hard by conversation: a question under the chat template, a greedy reply, the answer read from it.
-
-Legend: B batch, T tokens.
-"""
+"""BIG-Bench Hard by conversation: a question under the chat template, a greedy reply, the answer read from it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers import GenerationConfig
 
 from kallm.data.bbh import BBHItem
 from kallm.errors import OutOfMemory
@@ -18,6 +12,7 @@ from kallm.evaluate.choices import summarise
 from kallm.evaluate.heldout import needs_chat_template, precision
 from kallm.evaluate.parse import is_correct, parse_answer
 from kallm.evaluate.prefill import Prefill, prefill_tail, prefill_trunk
+from kallm.evaluate.replies import generate, make_generation, pad_left, padding_token
 from kallm.evaluate.score import Score
 from kallm.evaluate.suites import BBHChatSettings, Context, Evaluation, Progress, Subject
 from kallm.model.trunk import Trunk, assembled
@@ -79,7 +74,7 @@ class Conversations:
         """Return what the trunk makes of a batch of prompts, kept for the next subject while there is room."""
         if number in self.kept:
             return self.kept[number]
-        ids, mask = _pad_left([self.tokens[index] for index in batch], _padding(subject))
+        ids, mask = pad_left([self.tokens[index] for index in batch], padding_token(subject.model, subject.tokenizer))
         device = subject.tail.head.weight.device
         made = prefill_trunk(self.trunk, subject.model.config, ids.to(device), mask.to(device))
         if sum(prefill.num_bytes for prefill in self.kept.values()) + made.num_bytes <= _KEPT_BYTES:
@@ -137,50 +132,15 @@ def generate_replies(subject: Subject, prefill: Prefill, *, max_new_tokens: int)
     Raises:
         OutOfMemory: too many replies at a time.
     """
-    # What is not said here, generate takes from the model's own sampling defaults.
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=_end_tokens(subject),
-        pad_token_id=_padding(subject),
-    )
+    config = make_generation(subject.model, subject.tokenizer, max_new_tokens=max_new_tokens)
     try:
         cache = prefill_tail(prefill, subject)
         with assembled(subject.model, subject.tail) as model:
-            out = model.generate(
-                prefill.ids, attention_mask=prefill.mask, past_key_values=cache, generation_config=greedy
-            )
+            return generate(model, subject.tokenizer, prefill.ids, prefill.mask, config, cache=cache)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"memory ran out for {len(prefill.ids)} replies at a time: lower the batch_size of the suite bbh-chat"
         ) from error
-    replies: list[str] = subject.tokenizer.batch_decode(out[:, prefill.ids.shape[1] :], skip_special_tokens=True)
-    return replies
-
-
-def _end_tokens(subject: Subject) -> list[int]:
-    named = subject.model.generation_config.eos_token_id
-    found = named if isinstance(named, list) else [named]
-    return sorted({token for token in (*found, subject.tokenizer.eos_token_id) if token is not None})
-
-
-def _padding(subject: Subject) -> int:
-    padding: int | None = subject.tokenizer.pad_token_id
-    return _end_tokens(subject)[0] if padding is None else padding
-
-
-def _pad_left(prompts: list[list[int]], padding: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return ids and attention mask, [B, T]."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 def _with_failures(evaluation: Evaluation) -> Evaluation:

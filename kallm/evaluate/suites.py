@@ -119,6 +119,10 @@ class SuiteSettings(BaseModel, ABC):
     def content(self, *, dialogues: str, heldout: int) -> str:
         """Return a hash of the data that is scored."""
 
+    def pinned(self) -> "SuiteSettings":
+        """Return the same with what comes from the hub named by commit."""
+        return self
+
     def identity(self, *, dialogues: str, heldout: int) -> str:
         """Return a hash of the settings, the data and the version of the computation.
 
@@ -196,7 +200,7 @@ class _BBHSettings(SuiteSettings):
 class BBHChoiceSettings(_BBHSettings):
     """BIG-Bench Hard by the likelihood of each option; the three tasks with free text are left out."""
 
-    numerics = 1
+    numerics = 2
 
     @property
     def description(self) -> str:

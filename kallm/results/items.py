@@ -141,6 +141,8 @@ def _reduce(where: str, kind: str, items: Items) -> Answers:
         questions = tuple((str(item["gold"]), item["num_options"]) for item in items)
         counts = Counter(item["status"] for item in items)
         replies = {status: counts[status] / len(items) for status in STATUSES}
+    for name in items[0].get("metrics", {}):  # lm-eval's own, of those that it averages
+        scores[name] = np.array([float(item["metrics"][name]) for item in items])
     return Answers(where, ids, questions, weights, strata, tasks, scores, replies, kind)
 
 

@@ -3,7 +3,10 @@
 import hashlib
 import time
 
-from kallm.evaluate.suites import SUITES, Subject
+from kallm.evaluate.lookup import find_suite
+from kallm.evaluate.suites import Subject
+from kallm.model.fit import fit_tail_
+from kallm.model.retrofit import Report
 from kallm.model.start import freeze, start_tail
 from kallm.model.trunk import Tail
 from kallm.progress import Reporter, Stop
@@ -65,6 +68,8 @@ def run_cell(
         if not attempt.claim(clock):
             return False
         with attempt, materials.autocast():
+            for suite_id in materials.plan.suites:  # what cannot be asked is named before anything is trained
+                materials.prepared(suite_id)
             tail, weights = _trained_tail(cell, store, materials, reporter, stop, attempt, shared=shared)
             parts.advance()
             for suite_id in materials.plan.suites:
@@ -91,16 +96,27 @@ def _trained_tail(
         return tail.requires_grad_(False), materials.plan.model.identity
     assert cell.seed is not None
     attempt.heartbeat.phase = "trunk"
-    report = start_tail(tail, cell.variant.spec, materials.ffn_inputs, seed=cell.seed)
+    record = read_record(store, TrainingRecord, cell_key(cell.id, "trained.json"))
+    report = _start(cell, tail, materials, reporter, stop, fitted=record is None)
     stop()
     freeze(tail, materials.plan.study.trainable)
-    record = read_record(store, TrainingRecord, cell_key(cell.id, "trained.json"))
     if record is None:
         reporter.say(f"{cell.label}: {report.summary}")
         record = Training(cell, tail, store, materials, reporter, stop, attempt).run(shared=shared)
     else:
         load_trained(store, record, tail)
     return tail.requires_grad_(False), record.weights["sha256"]
+
+
+def _start(cell: Cell, tail: Tail, materials: Materials, reporter: Reporter, stop: Stop, *, fitted: bool) -> Report:
+    """Put the cell's fresh FFNs into the tail, fitted where the study says so and nothing trained replaces them."""
+    spec, seed = cell.variant.spec, cell.seed
+    assert seed is not None
+    if not fitted or materials.plan.study.start == "random":
+        return start_tail(tail, spec, materials.ffn_inputs, seed=seed)
+    rows = materials.calibration_rows
+    with reporter.track(f"fit {cell.label}", len(tail.blocks), "blocks") as tracker:
+        return fit_tail_(tail, spec, rows, seed=seed, stop=stop, after_block=lambda: tracker.advance(1))
 
 
 def _evaluate(
@@ -121,7 +137,7 @@ def _evaluate(
     subject = Subject(model=materials.model, tail=tail, tokenizer=materials.tokenizer)
     began = time.monotonic()
     with reporter.track(f"{name} {cell.label}", prepared.num_items, "items") as tracker:
-        evaluation = SUITES[name].evaluate(prepared, subject, tracker, stop)
+        evaluation = find_suite(name).evaluate(prepared, subject, tracker, stop)
     items = write_items(evaluation.items)
     items_key = cell_key(cell.id, "evaluations", f"{suite_id}.items.{attempt.nonce}.jsonl.gz")
     store.put(items_key, items)
@@ -135,7 +151,7 @@ def _evaluate(
         tasks=evaluation.tasks,
         items={"key": items_key, "sha256": hashlib.sha256(items).hexdigest(), "count": len(evaluation.items)},
         seconds=round(time.monotonic() - began, 3),
-        receipt=receipt_of(materials),
+        receipt=receipt_of(materials.plan),
     )
     key = evaluation_key(cell.id, suite_id)
     if store.create(key, record.to_bytes()):

@@ -13,6 +13,7 @@ from kallm.run.queue import WAIT_S, Queue
 from kallm.store.s3 import S3Store
 from kallm.store.store import Store
 from kallm.study.plan import Cell, Plan
+from kallm.train.reporting import check_reporters
 
 __all__ = ["run_cells"]
 
@@ -36,9 +37,11 @@ def run_cells(
         The causes of the cells that diverged.
 
     Raises:
+        WrongConfiguration: a package that ``train.report_to`` needs is not installed.
         Preempted: a stop was requested; what was done is saved.
         GaveUp: all others are finished, but some cells gave up.
     """
+    check_reporters(plan.study.train.report_to)
     if isinstance(store, S3Store):
         store.on_transfer = reporter.tell_transfer
     record_study(store, plan.document)

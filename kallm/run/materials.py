@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.dialogues import Conversation, Dialogues, load_dialogues
-from kallm.data.packing import Row, encode, pack
+from kallm.data.packing import IGNORED, Row, encode, pack
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.suites import SUITES, Context, Prepared
+from kallm.evaluate.lookup import find_suite
+from kallm.evaluate.suites import Context, Prepared
+from kallm.model.fit import CalibrationRow
 from kallm.model.sources import cache_folder, load_model, load_tokenizer
 from kallm.model.start import record_ffn_inputs
 from kallm.model.trunk import HiddenCache, Tail, Trunk, split
 from kallm.progress import Reporter
-from kallm.study.plan import Plan
+from kallm.study.plan import CALIBRATION_TOKENS, Plan
 
 __all__ = ["Materials"]
 
@@ -91,6 +93,8 @@ class Materials:
             length=recipe.length,
             num_tokens=recipe.tokens,
             padding_id=self.tokenizer.eos_token_id if padding is None else padding,
+            long_documents=recipe.long_documents,
+            tell=self.reporter.say,
         )
         supervised = sum(row.num_supervised for row in rows)
         self.reporter.say(f"corpus: {len(rows)} rows of {recipe.length} tokens, {supervised:,} supervised")
@@ -111,11 +115,21 @@ class Materials:
         batch = [(self.train_hidden[index], self.rows[index].passage.position_ids) for index in first]
         return record_ffn_inputs(self._halves[1], batch)
 
+    @cached_property
+    def calibration_rows(self) -> list[CalibrationRow]:
+        """Rows for ``start: fitted``, evenly spread over the corpus: its first ones hold the longest conversations."""
+        count = min(-(-CALIBRATION_TOKENS // self.plan.study.train.length), len(self.rows))
+        chosen = [index * len(self.rows) // count for index in range(count)]
+        return [
+            CalibrationRow(self.train_hidden[i], self.rows[i].passage.position_ids, self.rows[i].targets != IGNORED)
+            for i in chosen
+        ]
+
     def prepared(self, suite_id: str) -> Prepared:
         """Return a suite's prepared items, with the trunk's output where the suite uses it."""
         if suite_id not in self._prepared:
             settings = self.plan.suites[suite_id]
-            suite = SUITES[suite_id.rpartition(".")[0]]
+            suite = find_suite(suite_id.rpartition(".")[0])
             context = Context(
                 trunk=self._halves[0],
                 tokenizer=self.tokenizer,

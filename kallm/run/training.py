@@ -1,14 +1,17 @@
 """The training of one cell in the store: from its newest good checkpoint to its record."""
 
+import contextlib
 import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 
 from kallm.errors import DataMismatch, Diverged, Preempted
+from kallm.model.sources import cache_folder
 from kallm.model.trunk import Tail
 from kallm.progress import Reporter, Stop
 from kallm.receipt import make_receipt
@@ -18,9 +21,12 @@ from kallm.run.background import Background
 from kallm.run.materials import Materials
 from kallm.store.commit import list_manifests, read_manifest
 from kallm.store.store import Store
-from kallm.study.plan import Cell
+from kallm.study.plan import Cell, Plan
+from kallm.train.attention import training_attention
 from kallm.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights, take_snapshot
-from kallm.train.loop import Progress, make_optimizer, train
+from kallm.train.loop import Hidden, Progress, Trainer, make_optimizer
+from kallm.train.reporting import Reports
+from kallm.train.workers import Workers
 
 __all__ = ["Training", "load_trained", "receipt_of"]
 
@@ -29,7 +35,11 @@ _HISTORY_POINTS = 400
 
 
 class Training:
-    """Trains one tail, and keeps its checkpoints and metrics in the store."""
+    """Trains one tail, and keeps its checkpoints and metrics in the store.
+
+    ``run`` is all that one cell needs. Several cells go in lockstep where each is ``opened`` and then told to
+    ``advance`` in turn, and is finished with ``complete``. Where several processes train one cell, the main one writes.
+    """
 
     def __init__(
         self,
@@ -46,6 +56,7 @@ class Training:
         self.materials, self.reporter, self.stop, self.attempt = materials, reporter, stop, attempt
         self.recipe = materials.plan.study.train
         self.optimizer = make_optimizer(tail, self.recipe)
+        self.workers = Workers()
         self.metrics: list[str] = []
 
     def run(self, *, shared: bool) -> TrainingRecord:
@@ -55,35 +66,84 @@ class Training:
             Preempted: a stop was requested; a checkpoint of this step is committed.
             Diverged: training left the numbers; the record says so.
         """
-        progress = self._restore()
+        with self.opened(self.materials.train_hidden):
+            while not self.trainer.is_done:
+                self.advance(shared=shared)
+        return self.complete(shared=shared)
+
+    @contextlib.contextmanager
+    def opened(self, hidden: Hidden) -> Iterator[None]:
+        """Restore the newest good checkpoint and be ready to advance; a stop inside saves this cell, and goes on out.
+
+        Args:
+            hidden: the trunk's output by row.
+        """
+        progress, rows = self._restore(), self.materials.rows
+        self.workers.wait()  # the main process will remove the checkpoint that the others have just read
         self._saved_step, self._saved_at = progress.step, time.monotonic()
         self.attempt.heartbeat.phase = "train"
-        rows, hidden = self.materials.rows, self.materials.train_hidden
         total = self.recipe.epochs * len(rows) * self.recipe.length
         name = f"train {self.cell.name} seed {self.seed}"
-        with Background() as self._background, self.reporter.track(name, total, "tok", done=progress.tokens) as tracker:
-            self._tracker = tracker
+        with (
+            Background() as self._background,
+            self._open_reports() as self._reports,
+            self.reporter.track(name, total, "tok", done=progress.tokens) as self._tracker,
+            training_attention(
+                self.tail, rows[0], hidden[0], low=self.recipe.precision == "bf16", say=self.reporter.say
+            ) as flat,
+        ):
+            self.trainer = Trainer(
+                self.tail,
+                self.optimizer,
+                rows,
+                hidden,
+                self.recipe,
+                seed=self.seed,
+                progress=progress,
+                workers=self.workers,
+                flat=flat,
+            )
             try:
-                train(
-                    self.tail,
-                    self.optimizer,
-                    rows,
-                    hidden,
-                    self.recipe,
-                    seed=self.seed,
-                    progress=progress,
-                    after_step=self._after_step,
-                    stop=self.stop,
-                )
+                yield
             except Preempted:
                 self._begin_save(progress)
                 self._background.wait()
                 raise
-            except Diverged as error:
-                self._background.wait()
-                self._create_record(progress, {}, "diverged", str(error), shared=shared)
-                raise
-        return self._create_record(progress, self._commit_weights(), "trained", None, shared=shared)
+
+    def advance(self, *, shared: bool) -> None:
+        """Take one step of the training that is open.
+
+        Raises:
+            Preempted: a stop was requested.
+            Diverged: training left the numbers; the record says so.
+        """
+        try:
+            figures = self.trainer.advance(self.stop)
+        except Diverged as error:
+            self._background.wait()
+            self._create_record(self.trainer.progress, {}, "diverged", str(error), shared=shared)
+            raise
+        progress = self.trainer.progress
+        self._tracker.advance(int(figures["tokens"]))
+        self.metrics.append(json.dumps({"step": progress.step} | figures, sort_keys=True))
+        self._reports.log(figures, progress.step)
+        self._background.check()
+        if time.monotonic() - self._saved_at > self.recipe.checkpoint_s and not self._background.is_busy:
+            self._begin_save(progress)
+
+    def complete(self, *, shared: bool) -> TrainingRecord:
+        """Commit the weights of a training that came to its end, and create the record."""
+        weights = self._commit_weights() if self.workers.is_main else {}
+        return self._create_record(self.trainer.progress, weights, "trained", None, shared=shared)
+
+    def _open_reports(self) -> Reports:
+        return Reports(
+            self.recipe.report_to if self.workers.is_main else (),
+            project=f"kallm-{self.materials.plan.study.name}",
+            cell=self.cell.id,
+            folder=cache_folder() / "tensorboard",
+            config=self.cell.identity,
+        )
 
     def _restore(self) -> Progress:
         """Return to the newest good checkpoint, naming every damaged one."""
@@ -100,15 +160,10 @@ class Training:
             return progress
         return Progress()
 
-    def _after_step(self, progress: Progress, figures: dict[str, float]) -> None:
-        self._tracker.advance(int(figures["tokens"]))
-        self.metrics.append(json.dumps({"step": progress.step} | figures, sort_keys=True))
-        self._background.check()
-        if time.monotonic() - self._saved_at > self.recipe.checkpoint_s and not self._background.is_busy:
-            self._begin_save(progress)
-
     def _begin_save(self, progress: Progress) -> None:
         """Copy the state of a step that has no checkpoint, and commit the copy beside the training."""
+        if not self.workers.is_main:
+            return
         self._background.wait()
         metrics = self._metrics_bytes()
         snapshot = take_snapshot(self.tail, self.optimizer, progress) if progress.step > self._saved_step else None
@@ -153,8 +208,11 @@ class Training:
         *,
         shared: bool,
     ) -> TrainingRecord:
-        self._put_metrics(self._metrics_bytes())
         key = cell_key(self.cell.id, "trained.json")
+        if not self.workers.is_main:
+            self.workers.wait()
+            return self._read_standing(key)
+        self._put_metrics(self._metrics_bytes())
         attempts = self.store.list(cell_key(self.cell.id, "attempts/"))
         record = TrainingRecord(
             cell=self.cell.id,
@@ -173,18 +231,23 @@ class Training:
             peak_bytes=_peak_bytes(),
             attempts=sum(entry.key.endswith(".start.json") for entry in attempts),
             shared=shared,
-            receipt=receipt_of(self.materials),
+            receipt=receipt_of(self.materials.plan),
         )
         if self.store.create(key, record.to_bytes()):
             self.attempt.commits += 1
         else:
             self.reporter.say(f"{self.cell.id}: another process finished first; its record stands")
-            standing = read_record(self.store, TrainingRecord, key)
-            assert standing is not None
-            record = standing
-            if record.outcome == "trained":
-                load_trained(self.store, record, self.tail)
+            record = self._read_standing(key)
         self._remove_checkpoints(keep=0)
+        self.workers.wait()
+        return record
+
+    def _read_standing(self, key: str) -> TrainingRecord:
+        """Read the record that another process created, and take over its weights."""
+        record = read_record(self.store, TrainingRecord, key)
+        assert record is not None
+        if record.outcome == "trained":
+            load_trained(self.store, record, self.tail)
         return record
 
 
@@ -202,11 +265,10 @@ def load_trained(store: Store, record: TrainingRecord, tail: Tail) -> None:
     load_weights(store, manifest, tail)
 
 
-def receipt_of(materials: Materials) -> dict[str, Any]:
-    """Return the receipt of a result made in this process."""
-    device = torch.cuda.get_device_name() if materials.device.type == "cuda" else "cpu"
-    precision = materials.plan.study.train.precision
-    return make_receipt(device=device, num_threads=torch.get_num_threads(), precision=precision)
+def receipt_of(plan: Plan) -> dict[str, Any]:
+    """Return the receipt of a study's result made in this process."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return make_receipt(device=device, num_threads=torch.get_num_threads(), precision=plan.study.train.precision)
 
 
 def _peak_bytes() -> int:

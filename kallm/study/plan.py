@@ -12,10 +12,13 @@ from kallm.results.record import CellEntry, Parameters, StudyDocument, SuiteEntr
 from kallm.store.sealed import short_hash
 from kallm.study.study import Study, Variant
 
-__all__ = ["NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan"]
+__all__ = ["CALIBRATION_TOKENS", "NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan"]
 
-NUMERICS = 1
+NUMERICS = 2
 """Counts up when the code changes a trained weight: cells trained before keep their own keys."""
+
+CALIBRATION_TOKENS = 32_768
+"""Tokens of the corpus, at most, that ``start: fitted`` fits to."""
 
 _DEMONSTRATION_TOKENS = 1_000_000
 
@@ -113,6 +116,7 @@ def _pin(study: Study, model: str, dialogues: str) -> Study:
         pinned["model"] = model
     if study.dialogues.source.startswith("hub:"):
         pinned["dialogues"] = study.dialogues.model_copy(update={"source": dialogues})
+    pinned["suites"] = {name: settings.pinned() for name, settings in study.suites.items()}
     return study.model_copy(update=pinned)
 
 
@@ -147,8 +151,10 @@ def _cell(study: Study, model: ModelFacts, num_tail_blocks: int, dialogues: str,
             "start": study.start,
             "seed": seed,
             "dialogues": dialogues,
-            "train": recipe.model_dump(mode="json", exclude={"checkpoint_s"}),
+            "train": recipe.identity(),
         }
+        if study.start == "fitted":
+            identity["calibration_tokens"] = CALIBRATION_TOKENS
     return Cell(name, variant, seed, identity, _count(study, model, num_tail_blocks, name))
 
 

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kallm.errors import WrongConfiguration, did_you_mean
-from kallm.evaluate.suites import SUITES, SuiteSettings
+from kallm.evaluate.lookup import find_suite, read_suite
+from kallm.evaluate.suites import SuiteSettings
 from kallm.kan.spec import FFNSpec
 from kallm.study.problems import check_plain, describe, in_one_line
 from kallm.train.recipe import Recipe
@@ -75,7 +76,9 @@ class Study(_Settings):
     tail: int | Literal["all"] = Field(5, description="how many of the last blocks a cell trains")
     head: Literal["untied"] = Field("untied", description="untied: a copy of the head trains, the embedding stays")
     trainable: Literal["ffn", "tail", "tail+head"] = Field("tail+head", description="what of the tail trains")
-    start: Literal["random"] = Field("random", description="how every reset FFN of the study begins")
+    start: Literal["random", "fitted"] = Field(
+        "random", description="how every reset FFN begins: drawn, or fitted to the pretrained one in closed form"
+    )
     dialogues: DialogueSettings = DialogueSettings()
     variants: dict[str, Variant] = Field(min_length=1, description="names, or names with a spec")
     seeds: tuple[int, ...] = Field(min_length=1, description="each sets initialisation and data order")
@@ -91,10 +94,9 @@ class Study(_Settings):
     @field_validator("suites", mode="before")
     @classmethod
     def _named_suites(cls, value: Any) -> Any:
-        found = _expand(value, {name: {} for name in SUITES}, "suite")
-        for name in found if isinstance(found, dict) else ():
-            if name not in SUITES:
-                raise ValueError(f"unknown suite '{name}': {did_you_mean(name, SUITES)}")
+        if isinstance(value, list):  # a name alone stands for its settings' defaults
+            value = [{each: {}} if isinstance(each, str) else each for each in value]
+        found = _expand(value, {}, "suite")
         if isinstance(found, dict):
             return {name: _parse_suite(name, settings) for name, settings in found.items()}
         return found
@@ -214,9 +216,9 @@ def _expand(value: Any, known: dict[str, Any], kind: str) -> Any:
 
 def _parse_suite(name: str, settings: Any) -> SuiteSettings:
     try:
-        return SUITES[name].settings.model_validate(settings)
+        return read_suite(name, settings)
     except ValidationError as error:
-        raise ValueError("; ".join(describe(error, SUITES[name].settings, name).splitlines())) from error
+        raise ValueError("; ".join(describe(error, find_suite(name).settings, name).splitlines())) from error
 
 
 @cache

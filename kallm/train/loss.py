@@ -1,5 +1,7 @@
 """Cross-entropy of a tail's output without the full logits. Legend: N tokens, D width, V vocabulary."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -7,23 +9,76 @@ from torch.nn import functional as F
 
 from kallm.data.packing import IGNORED
 
-__all__ = ["summed_cross_entropy"]
+__all__ = ["CHUNK", "summed_cross_entropy"]
 
 CHUNK = 512
+"""Positions whose logits live at one time. On a CPU: fp32 as fast as at 128 to 2,048, bf16 15 % slower than 2,048."""
 
 
 def summed_cross_entropy(
-    hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], targets: Int[Tensor, " N"]
+    hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], targets: Int[Tensor, " N"], *, chunk: int = CHUNK
 ) -> Float[Tensor, ""]:
     """Return the summed cross-entropy in nats, in fp32; positions without a target never meet the head.
 
-    The logits live for one chunk of 512 positions at a time, forward and backward.
+    The logits live for one chunk of positions at a time, forward and backward. Under autocast the products are
+    autocast's, everything else is fp32; double backward is not defined.
+
+    Raises:
+        RuntimeError: a target is not in the vocabulary.
     """
     supervised = targets != IGNORED
+    hidden, targets = hidden[supervised], targets[supervised]
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            summed: Tensor = _ChunkedLoss.apply(hidden, head, targets, dtype, chunk)
+        return summed
     return F.linear_cross_entropy(
-        hidden[supervised].to(head.dtype),
+        hidden.to(head.dtype),
         head,
-        targets[supervised],
+        targets,
         reduction="sum",
-        options=nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK),
+        options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk),
     ).to(torch.float32)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy whose three products run in a low precision, with the gradients made in the forward pass.
+
+    torch's own chunked loss makes the products of a low precision in fp32 on a CPU, which wastes its units for
+    bfloat16, and sums the head's gradient in the low precision elsewhere. Here that sum is fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
+        """Return the sum, and keep the gradients of ``hidden`` and ``head`` that are asked for."""
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        rows, weight = hidden.to(dtype), head.to(dtype)
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        head_grad = torch.zeros_like(head) if wants_head else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for first in range(0, len(rows), chunk):
+            part = slice(first, first + chunk)
+            slopes = (rows[part] @ weight.T).float()
+            scale = slopes.logsumexp(dim=1, keepdim=True)
+            index = targets[part, None]
+            total += (scale - slopes.gather(1, index)).sum()
+            if not (wants_hidden or wants_head):
+                continue
+            slopes.sub_(scale).exp_().scatter_add_(1, index, torch.full_like(scale, -1.0))
+            low = slopes.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = low @ weight
+            if head_grad is not None:
+                head_grad += low.T @ rows[part]
+        ctx.kept = hidden_grad, head_grad
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> tuple[Tensor | None, ...]:
+        """Scale the kept gradients by the loss's own, in place: they serve one backward pass."""
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass, but this is a second one")
+        return *(None if value is None else value.mul_(slopes[0]) for value in kept), None, None, None

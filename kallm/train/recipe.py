@@ -2,11 +2,14 @@
 
 import math
 import random
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "ReportTo"]
+
+ReportTo = Literal["tensorboard", "trackio", "wandb"]
+_CHANGE_NO_WEIGHT = {"checkpoint_s", "report_to"}
 
 
 class Recipe(BaseModel):
@@ -25,7 +28,20 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights and optimiser stay fp32")
+    long_documents: Literal["split", "drop"] = Field("split", description="what becomes of those longer than a row")
+    compile: bool = Field(False, description="run the tail through torch.compile; it needs a C++ compiler on a CPU")
     checkpoint_s: float = Field(300, gt=0, description="seconds between checkpoints; changes no result")
+    report_to: tuple[ReportTo, ...] = Field((), description="where the metrics go besides the store; changes no result")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that can change a trained weight; those that came later count once they are set."""
+        later = {name for name in ("long_documents", "compile") if getattr(self, name) == self.default(name)}
+        return self.model_dump(mode="json", exclude=_CHANGE_NO_WEIGHT | later)
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Return the default of a field."""
+        return cls.model_fields[name].default
 
     def num_steps(self, num_rows: int) -> int:
         """Return the optimiser steps of a cell."""

