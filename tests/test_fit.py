@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CONFIGS, VOCABULARY
+from architectures import ARCHITECTURES, VOCABULARY, make_architecture
 from conftest import make_model
 from test_run import StopAfter, results, run
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kallm.errors import Preempted, WrongConfiguration
 from kallm.kan.spec import parse_spec
@@ -123,12 +123,9 @@ def test_attention_and_norms_stay_and_every_parameter_may_train() -> None:
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"opt"}))  # whose base model trunk and tail do not know
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"opt"}))  # whose base model trunk and tail do not know
 def test_the_tails_of_other_architectures_can_be_fitted(name: str) -> None:
-    config, sizes = CONFIGS[name]
-    layers = {"n_layer" if name == "gpt2" else "num_hidden_layers": 3}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**sizes, **layers)).eval()
+    model = make_architecture(name, **({"final_logit_softcapping": None} if name == "gemma2" else {}))
     for ffn in find_ffns(model).values():
         for parameter in ffn.parameters():
             parameter.data *= 8
