@@ -19,6 +19,16 @@ TEMPLATE = (
 )
 
 
+class Count:
+    """Progress that is added up."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def advance(self, n: int) -> None:
+        self.done += n
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer with ChatML's special tokens: every byte is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

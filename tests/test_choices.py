@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Count
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, load_bbh
@@ -21,16 +22,6 @@ TASKS_TRIED = (
     "object_counting",
     "reasoning_about_colored_objects",
 )
-
-
-class Count:
-    """Progress that is added up."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def advance(self, n: int) -> None:
-        self.done += n
 
 
 @pytest.fixture(scope="module")

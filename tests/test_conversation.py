@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Count
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.bbh import TASKS, load_bbh
@@ -13,16 +14,6 @@ from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["bbh-chat"]
-
-
-class Count:
-    """Progress that is added up."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def advance(self, n: int) -> None:
-        self.done += n
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Count
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.dialogues import Conversation
@@ -17,16 +18,6 @@ CONVERSATIONS = [
     Conversation("short", ({"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello, ça va?"})),
     Conversation("long", tuple({"role": "user", "content": f"Number {n} is not {n + 1}."} for n in range(60))),
 ]
-
-
-class Count:
-    """Progress that is added up."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def advance(self, n: int) -> None:
-        self.done += n
 
 
 def make_halves(tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> tuple[Trunk, Subject]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import Count, make_model, make_tokenizer
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
@@ -20,16 +20,6 @@ from kallm.model.trunk import Trunk, assembled, split
 
 HERE = {"dialogues": "d", "heldout": 1}
 CHOICE, REPLY = "leaderboard_bbh_snarks", "bbh_zeroshot_navigate"
-
-
-class Count:
-    """Progress that is added up."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def advance(self, n: int) -> None:
-        self.done += n
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,9 @@ class KANLinear(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.linear.weight.dtype
         rows = x.reshape(-1, self.in_features)
         if not _is_plain(self.linear):
-            return self._through(rows, dtype).view(*x.shape[:-1], self.out_features)
+            # called as a module, so that what wraps it (an adapter, a quantiser, a hook) takes part
+            wrapped: Tensor = self.linear(self.functions(rows, dtype))
+            return wrapped.view(*x.shape[:-1], self.out_features)
         weight: Tensor = self.linear.weight
         bias: Tensor = self.linear.bias
         if self._num_constants:
@@ -87,12 +89,11 @@ class KANLinear(nn.Module):
         y: Tensor = _Recomputed.apply(rows, weight, bias, self.scale, self.mean, self._branches, dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _through(self, rows: Float[Tensor, "N D"], dtype: torch.dtype) -> Float[Tensor, "N O"]:
-        """Call the linear map as a module, so that what wraps it (an adapter, a quantiser, a hook) takes part."""
+    def functions(self, rows: Float[Tensor, "N D"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "N F"]:
+        """Return what the linear map reads: the centred functions, behind a 1 for every stored constant."""
         table: Tensor = _Functions.apply(rows, self.scale, self.mean, self._branches, dtype)
         ones = table.new_ones((table.shape[0], self._num_constants))
-        y: Tensor = self.linear(torch.cat([ones, table], dim=1) if self._num_constants else table)
-        return y
+        return torch.cat([ones, table], dim=1) if self._num_constants else table
 
     @torch.no_grad()
     def reset_parameters(

@@ -10,12 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kallm.errors import WrongConfiguration
-from kallm.kan.bases import build_basis
 from kallm.kan.ffns import FFN
 from kallm.kan.linear import KANLinear
-from kallm.kan.squashes import SQUASHES
 
-__all__ = ["RIDGES", "LeastSquares", "choose_ridge", "compute_features", "compute_functions", "find_last_map"]
+__all__ = ["RIDGES", "LeastSquares", "choose_ridge", "compute_features", "find_last_map"]
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Strengths to choose from, relative to the mean variance of the features; from weak to strong."""
@@ -112,23 +110,9 @@ def compute_features(ffn: FFN, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
     if layers and layers[-1].linear is last:
         for layer in layers[:-1]:
             x = layer(x)
-        return compute_functions(layers[-1], x)
+        return layers[-1].functions(x.float())
     found: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     ffn(x)
     hook.remove()
     return found[0].float()
-
-
-@torch.no_grad()
-def compute_functions(layer: KANLinear, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
-    """Return what a KAN layer's linear map reads: its centred functions, behind a 1 for every stored constant."""
-    scaled = x.float() * layer.scale.float()
-    blocks = [x.new_ones(x.shape, dtype=torch.float32)] if layer.layer.constants == "stored" else []
-    widths = layer.layer.channels(layer.in_features)
-    num_ones = len(blocks) * layer.in_features
-    for branch, z in zip(layer.layer.branches, torch.split(scaled, list(widths), dim=1), strict=True):
-        blocks += list(build_basis(branch).values(SQUASHES[branch.squash or layer.layer.squash].value(z)))
-    functions = torch.cat(blocks, dim=1)
-    functions[:, num_ones:] -= layer.mean.float()
-    return functions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kallm.kan.calibration import root_mean_square
 from kallm.kan.ffns import FFN, MLP, SwiGLU
 from kallm.kan.linear import KANLinear
-from kallm.kan.regression import RIDGES, LeastSquares, choose_ridge, compute_features, compute_functions, find_last_map
+from kallm.kan.regression import RIDGES, LeastSquares, choose_ridge, compute_features, find_last_map
 from kallm.kan.squashes import SQUASHES
 from kallm.model.neurons import Neurons, read_neurons
 
@@ -139,7 +139,7 @@ def _functions_sums(layer: KANLinear, scale: Tensor, problem: Problem) -> tuple[
     """Set a layer's scale, centre its functions, and return the sums over tokens to fit and over those to choose."""
     layer.scale.copy_(scale)
     layer.mean.zero_()
-    functions = compute_functions(layer, problem.x)
+    functions = layer.functions(problem.x)
     first = functions.shape[1] - len(layer.mean)
     layer.mean.copy_(functions[:, first:].mean(dim=0))
     functions[:, first:] -= layer.mean.float()
