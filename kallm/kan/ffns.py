@@ -22,9 +22,16 @@ __all__ = ["FFN", "FFNS", "KAN", "KAT", "MLP", "Affine", "Removed", "SwiGLU", "b
 
 
 class FFN(nn.Module, ABC):
-    """A map [... D] → [... D] in place of a pretrained FFN; the dtype is kept, or is autocast's."""
+    """A map [... D] → [... D] in place of a pretrained FFN; the dtype is kept, or is autocast's.
 
-    width: int
+    Attributes:
+        spec: the description that ``FFNS`` builds the same module from, whatever it stands in for.
+        width: D.
+    """
+
+    def __init__(self, spec: FFNSpec, *, width: int) -> None:
+        super().__init__()
+        self.spec, self.width = spec, width
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -57,8 +64,8 @@ class SwiGLU(FFN):
     """W_down (silu(W_gate x) · W_up x), without biases (Shazeer 2020); drawn with unit gates and unit factors."""
 
     def __init__(self, spec: SwiGLUSpec, *, width: int, pretrained_hidden: int, **place: Any) -> None:
-        super().__init__()
-        self.width, hidden = width, spec.hidden or pretrained_hidden
+        hidden = spec.hidden or pretrained_hidden
+        super().__init__(spec.model_copy(update={"hidden": hidden}), width=width)
         self.gate_proj = nn.Linear(width, hidden, bias=False, **place)
         self.up_proj = nn.Linear(width, hidden, bias=False, **place)
         self.down_proj = nn.Linear(hidden, width, bias=False, **place)
@@ -79,8 +86,7 @@ class MLP(FFN):
     _activations: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
     def __init__(self, spec: MLPSpec, *, width: int, pretrained_hidden: int, **place: Any) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(spec, width=width)
         self.up_proj = nn.Linear(width, spec.hidden, bias=False, **place)
         self.down_proj = nn.Linear(spec.hidden, width, bias=False, **place)
         self._activation = self._activations[spec.activation]
@@ -98,8 +104,7 @@ class Affine(FFN):
     """W x + b; b starts at 0."""
 
     def __init__(self, spec: FFNSpec, *, width: int, pretrained_hidden: int, **place: Any) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(spec, width=width)
         self.linear = nn.Linear(width, width, **place)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -114,8 +119,7 @@ class Removed(FFN):
     """Zeros: the residual stream passes unchanged."""
 
     def __init__(self, spec: FFNSpec, *, width: int, pretrained_hidden: int, **place: Any) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(spec, width=width)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Return zeros."""
@@ -129,8 +133,7 @@ class KAT(FFN):
     """W_2 F_2(W_1 F_1(x) + b_1) + b_2 with group-rational F_1 = identity and F_2 = gelu at the start (ICLR 2025)."""
 
     def __init__(self, spec: KATSpec, *, width: int, pretrained_hidden: int, **place: Any) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(spec, width=width)
         self.act1 = Rational(width, groups=spec.groups, start="identity", **place)
         self.fc1 = nn.Linear(width, spec.hidden, **place)
         self.act2 = Rational(spec.hidden, groups=spec.groups, start="gelu", **place)
@@ -151,8 +154,7 @@ class KAN(FFN):
     """KAN layers one after another, nothing between them; see ``KANLinear`` for the formula."""
 
     def __init__(self, spec: KANSpec, *, width: int, pretrained_hidden: int, **place: Any) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(spec, width=width)
         self.layers = nn.Sequential(
             *(KANLinear(inputs, outputs, layer=layer, **place) for inputs, outputs, layer in spec.stack(width))
         )

@@ -1,6 +1,5 @@
 """Which modules of a model are FFNs of ours, and from what description each is built again."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +7,8 @@ import torch
 from torch import nn
 
 from kallm.errors import WrongConfiguration
-from kallm.kan.ffns import FFN, KAN, KAT, MLP, Affine, Removed, SwiGLU, build
-from kallm.kan.linear import KANLinear
-from kallm.kan.spec import FFNSpec, parse_spec
+from kallm.kan.ffns import FFN, build
+from kallm.kan.spec import FFNSpec
 
 __all__ = ["Replaced", "find_replaced", "group_replaced"]
 
@@ -37,7 +35,7 @@ def find_replaced(model: nn.Module) -> list[Replaced]:
         WrongConfiguration: one is not what its description builds.
     """
     found = [
-        Replaced(name, _describe(name, module), module)
+        Replaced(name, module.spec, module)
         for name, module in model.named_modules()
         if isinstance(module, FFN)
     ]
@@ -58,16 +56,6 @@ def group_replaced(found: list[Replaced]) -> list[dict[str, Any]]:
         else:
             groups.append({**described, "names": [each.name]})
     return groups
-
-
-def _describe(name: str, module: FFN) -> FFNSpec:
-    for kind, describe in _DESCRIPTIONS.items():
-        if type(module) is kind:
-            return parse_spec(describe(module))
-    raise WrongConfiguration(
-        f"{name} is a {type(module).__name__}, which cannot be described: expected one of "
-        f"{', '.join(kind.__name__ for kind in _DESCRIPTIONS)}"
-    )
 
 
 def _check(found: Replaced) -> None:
@@ -91,26 +79,3 @@ def _check(found: Replaced) -> None:
             f"{found.name} is not what its description builds: it was changed after it was put in; undo the change, "
             "or merge what wraps its layers (an adapter, a quantiser)"
         )
-
-
-def _describe_kan(module: KAN) -> dict[str, Any]:
-    layers = [layer for layer in module.layers if isinstance(layer, KANLinear)]
-    described: dict[str, Any] = {"ffn": "kan", "layers": [layer.layer.model_dump(mode="json") for layer in layers]}
-    if len(layers) > 1:
-        described["hidden"] = [layer.out_features for layer in layers[:-1]]
-    return described
-
-
-def _describe_mlp(module: MLP) -> dict[str, Any]:
-    names = [name for name, function in MLP._activations.items() if function is module._activation]
-    return {"ffn": "mlp", "hidden": module.up_proj.out_features, "activation": names[0]}
-
-
-_DESCRIPTIONS: dict[type[FFN], Callable[[Any], dict[str, Any]]] = {
-    Affine: lambda module: {"ffn": "affine"},
-    KAN: _describe_kan,
-    KAT: lambda module: {"ffn": "kat", "hidden": module.fc1.out_features, "groups": module.act1.groups},
-    MLP: _describe_mlp,
-    Removed: lambda module: {"ffn": "removed"},
-    SwiGLU: lambda module: {"ffn": "swiglu", "hidden": module.gate_proj.out_features},
-}
