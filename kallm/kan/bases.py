@@ -65,11 +65,13 @@ class BSpline(Basis):
         values, slopes = self._with_slopes_inside(t, centres)
         return values, slopes.mul_(_inside(t))
 
-    def values_and_gradient(
-        self, t: Float[Tensor, "n d"], pulled: Float[Tensor, "K n d"], centres: Float[Tensor, "K d"]
-    ) -> tuple[Blocks, Float[Tensor, "n d"]]:
+    def pull_back_(
+        self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]
+    ) -> Float[Tensor, "n d"]:
         values, slopes = self._with_slopes_inside(t, centres)
-        return values, slopes.mul_(pulled).sum(dim=0).mul_(_inside(t))
+        total = slopes.mul_(blocks).sum(dim=0).mul_(_inside(t))
+        blocks.copy_(values)
+        return total
 
     def _with_slopes_inside(
         self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None

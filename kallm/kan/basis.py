@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Basis", "Blocks", "centred"]
+__all__ = ["Basis", "Blocks", "can_write_into", "centred", "fill"]
 
 Blocks = Tensor | Sequence[Tensor]
 """One tensor [K ... D], or K tensors [... D], of which a slope that is 1 everywhere may be a scalar."""
@@ -37,23 +37,44 @@ class Basis(ABC):
     ) -> tuple[Blocks, Blocks]:
         """Return the K functions at t, less their centres, and their K derivatives over ``unit``."""
 
-    def values_and_gradient(
-        self, t: Float[Tensor, "n d"], pulled: Float[Tensor, "K n d"], centres: Float[Tensor, "K d"]
-    ) -> tuple[Blocks, Float[Tensor, "n d"]]:
-        """Return the centred functions at t, and t's gradient over ``unit`` for the functions' gradient ``pulled``."""
+    def write(self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]) -> None:
+        """Write the centred functions at t into the blocks, whatever their dtype."""
+        fill(blocks, self.values(t, centres))
+
+    def pull_back_(
+        self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]
+    ) -> Float[Tensor, "n d"]:
+        """Return t's gradient over ``unit`` for the functions' gradient in blocks, and write the functions there."""
         values, slopes = self.with_slopes(t, centres)
         if isinstance(slopes, Tensor):
-            return values, slopes.mul_(pulled).sum(dim=0)
-        first = pulled[0].to(t.dtype)
-        total = first if slopes[0].ndim == 0 else slopes[0] * first
-        for slope, block in zip(slopes[1:], pulled[1:], strict=True):
-            total = torch.addcmul(total, slope, block.to(t.dtype))
-        return values, total
+            total = slopes.mul_(blocks).sum(dim=0)
+        else:
+            total = blocks[0].to(t.dtype, copy=True)  # the functions are written over it
+            if slopes[0].ndim:
+                total.mul_(slopes[0])
+            for slope, block in zip(slopes[1:], blocks[1:], strict=True):
+                total = torch.addcmul(total, slope, block.to(t.dtype))
+        fill(blocks, values)
+        return total
 
     def __call__(self, t: Float[Tensor, "... D"]) -> Float[Tensor, "... D K"]:
         """Return the K functions at t along a new last axis, in t's dtype."""
         inner = t if t.dtype is torch.float64 else t.float()
         return torch.stack(list(self.values(inner)), dim=-1).to(t.dtype)
+
+
+def fill(blocks: Float[Tensor, "K n d"], values: Blocks) -> None:
+    """Write functions into blocks, each rounded once."""
+    if isinstance(values, Tensor):
+        blocks.copy_(values)
+        return
+    for value, block in zip(values, blocks.unbind(), strict=True):
+        block.copy_(value)
+
+
+def can_write_into(out: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an operation in a dtype can write into a view: one pass over the memory less than a copy."""
+    return out.dtype is dtype and not torch.compiler.is_compiling()  # which knows contiguous tensors only
 
 
 def centred(values: Blocks, centres: Float[Tensor, "K D"] | None) -> Blocks:

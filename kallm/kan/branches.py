@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kallm.kan.bases import build_basis
-from kallm.kan.basis import Basis, Blocks
+from kallm.kan.basis import Basis
 from kallm.kan.layerspec import LayerSpec
 from kallm.kan.squashes import SQUASHES, Squashing
 
@@ -36,15 +36,6 @@ class Branch:
         width = self.stop - self.start
         own = table[:, self.column : self.column + self.basis.size * width]
         return own.view(-1, self.basis.size, width).transpose(0, 1)
-
-    def write(self, table: Float[Tensor, "n F"], values: Blocks) -> None:
-        """Write the functions into this branch's columns of the table."""
-        blocks = self.blocks(table)
-        if isinstance(values, Tensor):
-            blocks.copy_(values)
-            return
-        for value, block in zip(values, blocks.unbind(), strict=True):
-            block.copy_(value)
 
 
 def list_branches(layer: LayerSpec, in_features: int) -> Iterator[Branch]:

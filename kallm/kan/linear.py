@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kallm.kan.basis import can_write_into
 from kallm.kan.branches import Branch, list_branches
 from kallm.kan.calibration import require_variation, rescaled, root_mean_square
 from kallm.kan.layerspec import LayerSpec
@@ -225,7 +226,7 @@ def _functions(
         own_scale, centres = branch.inputs(scale), branch.blocks(mean[None])[:, 0]
         for rows in slices:
             t = branch.squash.value(branch.inputs(x[rows]).to(inner) * own_scale)
-            branch.write(table[rows], branch.basis.values(t, centres))
+            branch.basis.write(branch.blocks(table[rows]), t, centres)
     return table
 
 
@@ -246,15 +247,20 @@ def _pull_back_(
         own_scale, centres = branch.inputs(scale), branch.blocks(mean[None])[:, 0]
         factor = own_scale * branch.basis.unit
         for rows in slices:
-            exact, part = branch.inputs(x[rows]).to(inner), pulled[rows]
+            exact = branch.inputs(x[rows]).to(inner)
             z = exact * own_scale
             t = branch.squash.value(z)
-            values, grad_t = branch.basis.values_and_gradient(t, branch.blocks(part), centres)
-            grad_z = branch.squash.pull_back(z, t, grad_t)
-            branch.inputs(grad_x[rows]).copy_(grad_z * factor)
+            grad_z = branch.squash.pull_back(z, t, branch.basis.pull_back_(branch.blocks(pulled[rows]), t, centres))
             if grad_scale is not None:
                 branch.inputs(grad_scale).add_((grad_z * exact).sum(dim=0), alpha=branch.basis.unit)
-            branch.write(part, values)  # last, because the gradients may be views of the same rows
+            _write_product(branch.inputs(grad_x[rows]), grad_z, factor)
+
+
+def _write_product(out: Float[Tensor, "n d"], values: Float[Tensor, "n d"], factor: Float[Tensor, " d"]) -> None:
+    if can_write_into(out, values.dtype):
+        torch.mul(values, factor, out=out)
+    else:
+        out.copy_(values * factor)
 
 
 def _inner(x: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kallm.kan.basis import Basis, Blocks, centred
+from kallm.kan.basis import Basis, Blocks, can_write_into, centred
 
 __all__ = ["Chebyshev1", "Chebyshev2", "Gegenbauer", "Hermite", "Jacobi", "Legendre", "Monomial", "Polynomials"]
 
@@ -51,15 +51,25 @@ class Polynomials(Basis):
             slopes.append(_step(t, slopes[n - 1], rest, a, b))
         return centred(values, centres), slopes
 
-    def values_and_gradient(
-        self, t: Float[Tensor, "n d"], pulled: Float[Tensor, "K n d"], centres: Float[Tensor, "K d"]
-    ) -> tuple[Blocks, Float[Tensor, "n d"]]:
+    def write(self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]) -> None:
+        if self.size > 2 or not can_write_into(blocks, t.dtype):
+            super().write(blocks, t, centres)
+            return
+        for low, centre, block in zip(self._lowest, centres, blocks.unbind(), strict=True):
+            _quadratic(t, *low, centre, out=block)
+
+    def pull_back_(
+        self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]
+    ) -> Float[Tensor, "n d"]:
         if self.size != 2:
-            return super().values_and_gradient(t, pulled, centres)
+            return super().pull_back_(blocks, t, centres)
         _, linear, square = self._lowest[1]
-        first, second = pulled.to(t.dtype)
+        first, second = blocks.to(t.dtype)
         total = torch.addcmul(first, t, second, value=2 * square / self.unit)
-        return self.values(t, centres), total.add_(second, alpha=linear / self.unit) if linear else total
+        if linear:
+            total.add_(second, alpha=linear / self.unit)
+        self.write(blocks, t, centres)
+        return total
 
     def _polynomials(self, t: Float[Tensor, "... D"]) -> list[Tensor]:
         values = [_quadratic(t, *low, None) for low in self._lowest]
@@ -68,12 +78,14 @@ class Polynomials(Basis):
         return values
 
 
-def _quadratic(t: Tensor, constant: float, linear: float, square: float, centre: Tensor | None) -> Tensor:
+def _quadratic(
+    t: Tensor, constant: float, linear: float, square: float, centre: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
     """Return constant + linear t + square t² - centre, in as few passes over the memory as the constants allow."""
     start = t.new_full((), constant) if centre is None else constant - centre
     if not linear:
-        return torch.addcmul(start, t, t, value=square)
-    total = torch.add(start, t, alpha=linear)
+        return torch.addcmul(start, t, t, value=square, out=out)
+    total = torch.add(start, t, alpha=linear, out=out)
     return total.addcmul_(t, t, value=square) if square else total
 
 
