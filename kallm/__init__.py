@@ -10,10 +10,10 @@ _HOMES = {
     "FFNS": "kallm.kan.ffns",
     "KANLinear": "kallm.kan.linear",
     "RetrofitConfig": "kallm.model.retrofit",
-    "export": "kallm.model.exported",
-    "load": "kallm.model.saved",
+    "export": "kallm.saving.exported",
+    "load": "kallm.saving.saved",
     "retrofit_": "kallm.model.retrofit",
-    "save": "kallm.model.saved",
+    "save": "kallm.saving.saved",
 }
 
 

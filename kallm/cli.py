@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kallm.commands.cluster import attach_cluster
+from kallm.commands.inspect import attach_inspect
 from kallm.commands.items import attach_items
 from kallm.commands.probe import attach_probe
 from kallm.commands.speak import attach_speak
@@ -75,7 +76,13 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="show a traceba
 
 @app.command()
 def run(
-    study: StudyArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None, grace_s: GraceOption = GRACE_S
+    study: StudyArgument,
+    store: StoreOption = DEFAULT_STORE,
+    set_: SetOption = None,
+    grace_s: GraceOption = GRACE_S,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="measure memory and speed of each variant alone first")
+    ] = True,
 ) -> None:
     """Train and evaluate every unfinished cell of a study here, then write and print its table.
 
@@ -95,7 +102,7 @@ def run(
     began = time.monotonic()
     try:
         with Reporter() as reporter:
-            diverged = run_cells(plan, list(plan.cells), opened, reporter, stop)
+            diverged = run_cells(plan, list(plan.cells), opened, reporter, stop, probe=probe)
     except GaveUp:
         _finish_table(opened, plan.document)
         raise
@@ -248,6 +255,7 @@ def table(
 
 attach(app)
 attach_cluster(app)
+attach_inspect(app)
 attach_items(app)
 attach_probe(app)
 attach_speak(app)

@@ -141,6 +141,12 @@ class Reporter:
         if self.bars:
             self.bars.stop()
 
+    def hush(self) -> None:
+        """Show nothing any more; lines are kept all the same."""
+        self.console.quiet = True
+        if self.bars:
+            self.bars.stop()
+
     def say(self, text: str) -> None:
         """Print one line and keep it for the attempt's log."""
         self.lines.append(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}")

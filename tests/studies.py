@@ -20,8 +20,9 @@ from kallm.results.record import (
     study_key,
     write_items,
 )
-from kallm.store.sealed import seal
+from kallm.store.sealed import seal, short_hash
 from kallm.store.store import Store
+from kallm.train.probe import ProbeRecord, probe_prefix
 
 NOW = 1_800_000_000.0
 COUNTS = {"baseline": 0, "linear": 46_012_608, "kan": 39_382_848, "swiglu-768": 39_382_848, "affine": 34_400_000}
@@ -32,6 +33,21 @@ RECEIPT: dict[str, Any] = {
     "image": None,
     "hardware": {"device": "cpu", "processor": "Test CPU", "cores": 2, "num_threads": 2, "machine": "x86_64"},
     "precision": "float32",
+}
+MEASURED: dict[str, Any] = {
+    "device": "cpu",
+    "tokens": 8_192,
+    "step_s": [4.5, 4.0, 4.2],
+    "peak_bytes": 3 * 2**30,
+    "reserved_bytes": None,
+    "saved_bytes": 2**30,
+    "counted": {
+        "parameters": 180 * 2**20,
+        "gradients": 170 * 2**20,
+        "optimizer": 340 * 2**20,
+        "activations": 900 * 2**20,
+        "logits": 96 * 2**20,
+    },
 }
 
 
@@ -84,6 +100,7 @@ class SyntheticStudy:
                 parameters=parameters,
                 tokens=1_000_000 if trained else 0,
                 steps=200 if trained else 0,
+                probe=_hash("probe", variant)[:12] if trained else None,
             )
             for seed in (self.seeds if trained else (None,))
         ]
@@ -104,6 +121,18 @@ class SyntheticStudy:
             for suite in self.suites:
                 self.evaluate(store, entry, suite)
         return document
+
+    def measure(self, store: Store, variant: str, processor: str = "Test CPU", **changes: Any) -> str:
+        """Write a probe of a variant on some processor; return its key."""
+        request = next(entry.probe for entry in self.cells(variant))
+        assert request is not None
+        receipt = {**RECEIPT, "hardware": {**RECEIPT["hardware"], "processor": processor}, "packages": {"torch": "2"}}
+        record = ProbeRecord.model_validate(
+            {"request": request, "shape": (8, 1024), "measurement": {**MEASURED, **changes}, "receipt": receipt}
+        )
+        key = f"{probe_prefix(request)}{short_hash([receipt['hardware'], '2'])}.json"
+        store.put(key, seal(record.model_dump(mode="json")))
+        return key
 
     def train(self, store: Store, entry: CellEntry, **changes: Any) -> TrainingRecord:
         """Write a training record."""

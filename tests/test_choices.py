@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, load_bbh
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.choices import Choices, build_tree, encode_pair, prompt_of
+from kallm.evaluate.choices import Choices, build_tree, encode_options, prompt_of
 from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
 from kallm.model.trunk import Trunk, assembled, split
 
@@ -71,7 +71,7 @@ def test_tree_equals_one_forward_per_option(halves: tuple[Trunk, Subject], score
     with assembled(subject.model, subject.tail) as model, torch.no_grad():
         for item in tried_items():
             for option, value in zip(options_of(item), found[item.id], strict=True):
-                context, continuation = encode_pair(subject.tokenizer, prompt_of(item), f" {option}")
+                context, (continuation,) = encode_options(subject.tokenizer, prompt_of(item), [f" {option}"])
                 ids = torch.tensor([context + continuation])
                 logits = model(ids, logits_to_keep=len(continuation) + 1).logits[0, :-1]
                 alone = logits.log_softmax(-1)[range(len(continuation)), continuation].sum()
@@ -156,7 +156,7 @@ def test_option_sees_the_question_and_itself() -> None:
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_option(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert encode_pair(tokenizer, "Q: x\nA: ", "(A)") == encode_pair(tokenizer, "Q: x\nA:", " (A)")
+    assert encode_options(tokenizer, "Q: x\nA: ", ["(A)"]) == encode_options(tokenizer, "Q: x\nA:", [" (A)"])
 
 
 def test_identity_follows_the_items_and_not_where_they_came_from(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from kallm.data.bbh import TASKS, load_bbh
 from kallm.evaluate.conversation import ask
 from kallm.evaluate.parse import is_correct, parse_answer
+from kallm.evaluate.replies import cut_batches
 from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
 from kallm.model.trunk import Trunk, assembled, split
 
@@ -109,3 +110,10 @@ def test_model_is_whole_again_after_a_stop(halves: tuple[Trunk, Subject], tmp_pa
     with pytest.raises(KeyboardInterrupt):
         SUITE.evaluate(prepared, subject, Count(), stop)
     assert [*map(id, subject.model.modules())] == [*map(id, before)]
+
+
+def test_batches_hold_prompts_of_like_length_longest_first() -> None:
+    lengths = [10, 100, 71, 69, 70, 9, 8, 7]
+    assert cut_batches(lengths, 3) == [[1, 2, 4], [3], [0, 5, 6], [7]]
+    assert cut_batches(lengths, 1) == [[1], [2], [4], [3], [0], [5], [6], [7]]
+    assert cut_batches([], 3) == []

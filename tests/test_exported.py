@@ -14,9 +14,9 @@ from conftest import make_model, make_tokenizer
 from kan_examples import EXAMPLES, MIX
 
 from kallm.errors import WrongConfiguration
-from kallm.model.exported import export
 from kallm.model.places import find_ffns
 from kallm.model.retrofit import RetrofitConfig, retrofit_
+from kallm.saving.exported import export
 
 KAN = {"ffn": "kan", "basis": "chebyshev2", "degree": 2}
 FFNS: dict[str, dict[str, Any]] = {

@@ -28,6 +28,7 @@ from transformers import (
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.engine import takes_trees
 from kallm.evaluate.harness import KallmLM
+from kallm.evaluate.opening import choose_device
 from kallm.evaluate.segments import plan_segments
 
 SIZES = {
@@ -168,6 +169,18 @@ def test_lm_eval_finds_the_model_by_name(model_folder: Path) -> None:
     assert isinstance(made, KallmLM)
     expected = stock(make_model()).loglikelihood(requests()[:3], disable_tqdm=True)
     check_equal(made.loglikelihood(requests()[:3], disable_tqdm=True), expected)
+
+
+def test_device_that_lm_eval_names_by_default_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.warns(UserWarning, match="no GPU for device 'cuda:0'"):
+        assert choose_device("cuda:0") == torch.device("cpu")
+    assert choose_device(None) == choose_device("cpu") == torch.device("cpu")
+    for name in ("cuda:1", "gpu"):
+        with pytest.raises(WrongConfiguration, match=name):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(name) for name in (None, "cuda:1")] == [torch.device("cuda"), torch.device("cuda:1")]
 
 
 def test_wrong_arguments_are_named(model: PreTrainedModel, model_folder: Path) -> None:

@@ -53,6 +53,24 @@ def test_the_demo_has_seven_cells_and_the_baseline_no_seed() -> None:
     assert len({cell.id for cell in cells}) == 7
 
 
+def test_a_tied_head_is_counted_once_and_makes_other_cells() -> None:
+    untied, tied = plan("seeds=[0]"), plan("seeds=[0]", "head=tied")
+    for before, after in zip(untied.cells, tied.cells, strict=True):
+        assert before.parameters.trainable == after.parameters.trainable
+        assert (before.id == after.id) == (not before.variant.trained)
+    assert tied.cells[1].parameters.stored == 134_515_008 == untied.cells[1].parameters.stored - 49_152 * 576
+    assert "every cell runs the whole model" in " ".join(tied.document.notes)
+    cost = estimate_cost(tied, tied.cells)
+    tokens = tied.study.train.tokens * tied.study.train.epochs
+    assert cost.flops == 2 * 4 * 25 * 3_540_096 * tokens + 6 * tokens * (46_012_608 + 39_382_848)
+
+
+def test_a_tail_of_all_blocks_trains_all_but_the_embedding() -> None:
+    cells = {cell.name: cell.parameters for cell in plan("seeds=[0]", "tail=all").cells}
+    assert cells["linear"].trainable == 134_515_008
+    assert cells["linear"].stored == 134_515_008 + 49_152 * 576
+
+
 @pytest.mark.parametrize(
     "override",
     ["train.lr=0.5", "train.tokens=99", "train.precision=bf16", "tail=4", "trainable=tail", "train.batch=7"],

@@ -40,11 +40,38 @@ def test_a_budget_of_zero_is_refused() -> None:
 
 def test_what_changes_no_weight_is_not_in_a_cells_identity() -> None:
     plain = Recipe(tokens=8).identity()
-    assert Recipe(tokens=8, checkpoint_s=1, report_to=["wandb"]).identity() == plain
+    assert Recipe(tokens=8, cache_gb=1, checkpoint_s=1, report_to=["wandb"]).identity() == plain
     assert "compile" not in plain
     assert Recipe(tokens=8, compile=True).identity() == plain | {"compile": True}
     assert Recipe(tokens=8, long_documents="drop").identity() == plain | {"long_documents": "drop"}
     assert Recipe(tokens=8, lr=0.1).identity() == plain | {"lr": 0.1}
+
+
+def test_a_list_of_learning_rates_is_one_grid_in_any_order() -> None:
+    plain = Recipe(tokens=8, lr=0.1)
+    assert Recipe(tokens=8, lr=[0.1]) == plain
+    grid = Recipe(tokens=8, lr=[1, 0.1, 0.3])
+    assert (grid.lr, grid.choice, plain.choice) == ((0.1, 0.3, 1.0), (0.1, 0.3, 1.0), None)
+    assert grid.identity() == plain.identity() | {"lr": [0.1, 0.3, 1.0], "lr_share": 0.1}
+    assert grid.identity() == Recipe(tokens=8, lr=[0.3, 1.0, 0.1]).identity()
+    assert grid.at(0.1) == plain
+    assert Recipe.model_validate(grid.model_dump(mode="json")) == grid
+
+
+@pytest.mark.parametrize(
+    "lr", [0, -1, [], [0.1, 0], [0.1, 0.1], [0.1, -0.2], "fast", None, True, [True, 0.1], float("nan"), [[0.1]]]
+)
+def test_a_learning_rate_that_trains_nothing_is_refused_in_one_sentence(lr: object) -> None:
+    with pytest.raises(
+        ValidationError, match="expected a learning rate above 0, or a list of different ones"
+    ) as refused:
+        Recipe(tokens=8, lr=lr)
+    assert refused.value.error_count() == 1
+
+
+def test_a_share_without_a_list_is_refused() -> None:
+    with pytest.raises(ValidationError, match="lr_share is for a list of learning rates"):
+        Recipe(tokens=8, lr=0.1, lr_share=0.2)
 
 
 def test_a_report_to_nowhere_known_is_refused() -> None:

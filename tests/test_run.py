@@ -191,7 +191,7 @@ def test_sigterm_leaves_with_75_and_the_same_command_finishes(study_text: str, f
     plan, undisturbed, _ = finished(study_text)
     study = tmp_path / "study.yaml"
     study.write_text(study_text)
-    command = [sys.executable, "-m", "kallm.cli", "run", str(study), "--store", str(tmp_path / "store")]
+    command = [sys.executable, "-m", "kallm.cli", "run", str(study), "--store", str(tmp_path / "store"), "--no-probe"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("cells/linear*/attempts/*.start.json")):

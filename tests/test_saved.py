@@ -17,11 +17,11 @@ import kallm
 from kallm.errors import DataMismatch, WrongConfiguration
 from kallm.kan.ffns import FFNS
 from kallm.kan.spec import parse_spec
-from kallm.model.delta import NOTE, file_sha256
 from kallm.model.places import find_ffns
-from kallm.model.replaced import find_replaced
 from kallm.model.retrofit import RetrofitConfig, retrofit_
-from kallm.model.saved import load, save
+from kallm.saving.delta import NOTE, file_sha256
+from kallm.saving.replaced import find_replaced
+from kallm.saving.saved import load, save
 from kallm.store.sealed import seal, unseal
 
 KAN = {"ffn": "kan", "basis": "chebyshev2", "degree": 2}

@@ -64,6 +64,8 @@ def test_variants_come_by_name_or_with_a_spec() -> None:
         ({"seed": [1]}, "unknown key 'seed': known are .*Did you mean 'seeds'"),
         ({"tail": 0}, "tail: must be at least 1, or 'all', but is 0"),
         ({"name": "My Study"}, "name: "),
+        ({"head": "tied", "trainable": "tail"}, "head: tied says how the head trains, but trainable: tail leaves it"),
+        ({"head": "both"}, "head: .*'untied' or 'tied'"),
         ({"statistics": {"contrasts": [["kan", "linear"]]}}, "unknown variant 'kan'"),
         ({"dialogues": {"sources": "x"}}, "unknown key 'sources' in 'dialogues'.*'source'"),
         ({"model": None}, "model: "),

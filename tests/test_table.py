@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import json
 import random
@@ -285,14 +286,19 @@ def test_order_of_writing_and_junk_change_no_byte(shuffler: random.Random, junk)
         assert build_table(other, document).to_bytes() == build_table(one, document).to_bytes()
 
 
-def test_the_terminal_rendering_fits_100_columns(store):
-    table = build_table(store, SMALL.fill(store))
+@pytest.mark.parametrize("processors", [(), ("Test CPU",), ("Test CPU", "Another CPU")])
+def test_the_terminal_rendering_fits_100_columns(store, processors):
+    document = SMALL.fill(store)
+    for processor in processors:
+        SMALL.measure(store, "kan", processor, peak_bytes=3_123_456_789, step_s=[0.5])
+    table = build_table(store, document)
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(render_rich(table))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert "majority" in text
+    assert text.count("2.91 GiB") == len(processors)
 
 
 def test_csv_holds_the_unrounded_figures(store):
@@ -301,6 +307,55 @@ def test_csv_holds_the_unrounded_figures(store):
     kan = next(line for line in lines if line["name"] == "kan")
     assert float(kan["heldout.cross_entropy"]) == row_of(table, "kan").scores["heldout.cross_entropy"].mean
     assert [line["name"] for line in lines if line["kind"] == "reference"] == ["chance", "majority", "empty reply"]
+
+
+def test_memory_and_speed_are_the_probes_and_never_a_shared_runs(store):
+    document = SMALL.fill(store)
+    before = build_table(store, document)
+    assert (before.hardware, [row.probes for row in before.rows]) == ([], [[], [], []])
+    assert "'kallm probe synthetic' does" in before.notes[-1]
+    shown = render_markdown(before)
+    assert shown.count("not measured") == 2 * 3 + 1  # two figures and a line for each of two variants, and the note
+    assert f"{before.cells[1].peak_bytes / 2**30:.3g} GiB" not in shown
+    key = SMALL.measure(store, "kan")
+    table = build_table(store, document)
+    (probe,) = row_of(table, "kan").probes
+    assert (probe.tokens_per_s, probe.peak_bytes, probe.counted.optimizer) == (2048.0, 3 * 2**30, 340 * 2**20)
+    assert (probe.record, probe.sha256) == (key, hashlib.sha256(store.get(key)).hexdigest())
+    assert probe.commit == RECEIPT["code"]["commit"]
+    assert table.hardware[0].name == "Test CPU, 2 threads, torch 2"
+    assert "| kan | A: Test CPU, 2 threads, torch 2 | 2,048 | 3 GiB | – | 1 GiB | 180 MiB |" in render_markdown(table)
+    assert [note for note in table.notes if "not measured" in note] == [
+        "Memory and speed of linear are not measured: 'kallm probe synthetic' does."
+    ]
+
+
+def test_figures_of_several_machines_each_name_theirs(store):
+    document = SMALL.fill(store)
+    SMALL.measure(store, "kan", "Slow CPU", step_s=[8.0])
+    SMALL.measure(store, "kan", "Fast CPU", step_s=[2.0])
+    SMALL.measure(store, "linear", "Fast CPU", step_s=[1.0])
+    table = build_table(store, document)
+    names = {machine.label: machine.processor for machine in table.hardware}
+    assert sorted(names) == ["A", "B"]
+    speeds = {(row.variant, names[probe.hardware]): probe.tokens_per_s for row in table.rows for probe in row.probes}
+    assert speeds == {("kan", "Slow CPU"): 1024, ("kan", "Fast CPU"): 4096, ("linear", "Fast CPU"): 8192}
+    (kan,) = [line for line in csv.DictReader(io.StringIO(render_csv(table))) if line["name"] == "kan"]
+    for label, processor in names.items():
+        assert float(kan[f"alone.{label}.tokens_per_s"]) == speeds["kan", processor]
+        assert processor in kan[f"alone.{label}.hardware"]
+    (shown,) = [line for line in render_markdown(table).splitlines() if line.startswith("| **linear**")]
+    (fast,) = [label for label, processor in names.items() if processor == "Fast CPU"]
+    assert f"| 8,192 {fast} |" in shown
+
+
+def test_a_probe_of_another_request_is_a_mismatch(store):
+    document = SMALL.fill(store)
+    key = SMALL.measure(store, "kan")
+    linear = SMALL.entry("linear", 0).probe
+    store.put(key.replace(SMALL.entry("kan", 0).probe, linear), store.get(key))
+    with pytest.raises(DataMismatch, match="is a record of request"):
+        build_table(store, document)
 
 
 def test_receipts_name_every_record_by_its_hash(store):

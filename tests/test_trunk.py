@@ -4,14 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import VOCABULARY, make_architecture
+from architectures import ARCHITECTURES, VOCABULARY, make_architecture
 from conftest import make_model
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from kallm.errors import WrongConfiguration
-from kallm.model.trunk import HiddenCache, Passage, assembled, split
+from kallm.model.cache import HiddenCache
+from kallm.model.passage import Passage, apart
+from kallm.model.trunk import assembled, split
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
-CASES = [(name, {}) for name in ("gpt-neox", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")]
+CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ARCHITECTURES]
+CASES += [("gemma2", {"final_logit_softcapping": None}), ("qwen2", SLIDING), ("gpt2", {"embd_pdrop": 0.1})]
 
 
 def packed(lengths: list[int], vocabulary: int = VOCABULARY) -> Passage:
@@ -19,23 +24,35 @@ def packed(lengths: list[int], vocabulary: int = VOCABULARY) -> Passage:
     return Passage(ids, torch.cat([torch.arange(length) for length in lengths]))
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), [*CASES, ("gemma2", {"final_logit_softcapping": None}), ("qwen2", SLIDING)]
-)
+def whole_logits(model: PreTrainedModel, passage: Passage, *, masks: bool) -> Tensor:
+    """Return the whole model's logits; a mask holds documents apart where positions do not."""
+    ids, positions = passage.input_ids[None], passage.position_ids[None]
+    mask = apart(positions)[:, None] if masks else None
+    return model(ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("num_tail_blocks", [2, 5])
 def test_trunk_and_tail_equal_the_whole_model_bitwise(name: str, changes: dict[str, Any], num_tail_blocks: int) -> None:
     model = make_architecture(name, num_blocks=5, **changes)
     trunk, tail = split(model, num_tail_blocks)
     passage = packed([5, 9])
     with torch.no_grad():
-        whole = model(passage.input_ids[None], position_ids=passage.position_ids[None], use_cache=False).logits
+        whole = whole_logits(model, passage, masks=tail.masks)
         parts = tail.head(tail.eval()(trunk(passage)[None], passage.position_ids[None]))
     assert torch.equal(whole, parts)
+    assert (trunk.cut, tail.masks) == (5 - num_tail_blocks, name == "opt")
 
 
-def test_a_model_that_bends_its_logits_is_refused() -> None:
-    with pytest.raises(WrongConfiguration, match="bends its logits"):
-        split(make_architecture("gemma2", num_blocks=5, final_logit_softcapping=30.0), 2)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("num_tail_blocks", [2, 5])
+def test_a_document_in_a_row_gives_what_it_gives_alone(name: str, num_tail_blocks: int) -> None:
+    trunk, tail = split(make_architecture(name, num_blocks=5), num_tail_blocks)
+    row, alone = packed([5, 9]), packed([9])
+    alone = Passage(row.input_ids[5:], alone.position_ids)
+    with torch.no_grad():
+        together, single = (tail(trunk(each)[None], each.position_ids[None])[0] for each in (row, alone))
+    torch.testing.assert_close(together[5:], single, rtol=0, atol=1e-6)
 
 
 def test_the_real_model_splits_bitwise(real_model) -> None:

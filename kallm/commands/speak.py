@@ -102,8 +102,8 @@ def export(
     kallm export linear.seed-1 my-model --store s3://my-bucket/kallm
     """
     with _opened(cell, store) as (plan, found, opened, trained):
-        from kallm.model.exported import export as write_folder
         from kallm.run.trained import read_evaluations, read_training
+        from kallm.saving.exported import export as write_folder
 
         entry = next(entry for entry in plan.document.cells if entry.id == found.id)
         card = write_card(

@@ -20,9 +20,10 @@ from kallm.errors import WrongConfiguration
 from kallm.evaluate.heldout import compute_logits, compute_states
 from kallm.evaluate.score import Score
 from kallm.evaluate.suites import BBHChoiceSettings, Context, Evaluation, Progress, Subject
-from kallm.model.trunk import HiddenCache, Passage
+from kallm.model.cache import HiddenCache
+from kallm.model.trunk import Passage
 
-__all__ = ["Choices", "Tree", "build_tree", "encode_pair", "prepare", "prompt_of", "summarise"]
+__all__ = ["Choices", "Tree", "build_tree", "encode_options", "prepare", "prompt_of", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,17 @@ def prompt_of(item: BBHItem) -> str:
     return f"Q: {item.question}\nA:"
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of a context and of its continuation as lm-eval splits them.
+def encode_options(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuations: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Return the token ids of a context and of what continues it as lm-eval splits them.
 
     Both are tokenised together; the continuation is what follows as many tokens as the context has alone. Spaces at the
     context's end belong to the continuation.
     """
-    bare = context.rstrip()
-    whole: list[int] = tokenizer.encode(context + continuation)
-    ids: list[int] = tokenizer.encode(bare)
-    return ids, whole[len(ids) :]
+    texts = [context.rstrip(), *(context + continuation for continuation in continuations)]
+    ids, *wholes = tokenizer(texts)["input_ids"]
+    return ids, [whole[len(ids) :] for whole in wholes]
 
 
 def build_tree(question: Sequence[int], options: Sequence[Sequence[int]]) -> Tree:
@@ -148,11 +150,11 @@ def _share(values: Sequence[float], n: int) -> Score:
 
 
 def _tree_of(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]) -> Tree:
-    pairs = [encode_pair(tokenizer, prompt, f" {option}") for option in options]
-    for option, (_, continuation) in zip(options, pairs, strict=True):
+    question, continuations = encode_options(tokenizer, prompt, [f" {option}" for option in options])
+    for option, continuation in zip(options, continuations, strict=True):
         if not continuation:
             raise WrongConfiguration(f"this model's tokenizer joins '{option}' to the question: leave bbh-choice out")
-    return build_tree(pairs[0][0], [continuation for _, continuation in pairs])
+    return build_tree(question, continuations)
 
 
 def _answer(item: BBHItem, options: tuple[str, ...], log_likelihoods: list[float]) -> dict[str, Any]:

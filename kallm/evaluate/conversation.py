@@ -1,6 +1,6 @@
 """BIG-Bench Hard by conversation: a question under the chat template, a greedy reply, the answer read from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from kallm.evaluate.choices import summarise
 from kallm.evaluate.heldout import needs_chat_template, precision
 from kallm.evaluate.parse import is_correct, parse_answer
 from kallm.evaluate.prefill import Prefill, prefill_tail, prefill_trunk
-from kallm.evaluate.replies import generate, make_generation, pad_left, padding_token
+from kallm.evaluate.replies import cut_batches, generate, make_generation, pad_left, padding_token
 from kallm.evaluate.score import Score
 from kallm.evaluate.suites import BBHChatSettings, Context, Evaluation, Progress, Subject
 from kallm.model.trunk import Trunk, assembled
@@ -59,8 +59,9 @@ class Conversations:
             OutOfMemory: too many replies at a time.
         """
         replies: dict[int, str] = {}
+        batches = cut_batches([len(ids) for ids in self.tokens], self.settings.batch_size)
         with precision(subject):
-            for number, batch in enumerate(self._batches()):
+            for number, batch in enumerate(batches):
                 stop()
                 found = generate_replies(
                     subject, self._prefill(number, batch, subject), max_new_tokens=self.settings.max_new_tokens
@@ -80,12 +81,6 @@ class Conversations:
         if sum(prefill.num_bytes for prefill in self.kept.values()) + made.num_bytes <= _KEPT_BYTES:
             self.kept[number] = made
         return made
-
-    def _batches(self) -> Iterator[list[int]]:
-        """Yield indices, longest prompts first: little padding, and memory runs out at once or never."""
-        order = sorted(range(len(self.tokens)), key=lambda index: -len(self.tokens[index]))
-        for start in range(0, len(order), self.settings.batch_size):
-            yield order[start : start + self.settings.batch_size]
 
     def _answer(self, index: int, reply: str) -> dict[str, Any]:
         item, normaliser = self.items[index], self.settings.normaliser

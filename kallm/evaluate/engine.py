@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from kallm.evaluate.heldout import compute_logits, precision
 from kallm.evaluate.segments import Pair, Segment, plan_segments
 from kallm.evaluate.suites import Subject
-from kallm.model.trunk import HiddenCache, Passage, Trunk
+from kallm.model.cache import HiddenCache
+from kallm.model.trunk import Passage, Trunk
 
 __all__ = ["Engine", "Halves", "Likelihood", "SegmentTrunk", "WholeModel", "score_segments", "takes_trees"]
 

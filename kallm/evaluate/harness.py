@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -23,11 +22,19 @@ from transformers.cache_utils import Cache
 
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.engine import Engine, Likelihood, WholeModel, score_segments, takes_trees
-from kallm.evaluate.opening import open_model
-from kallm.evaluate.replies import count_shared, generate, make_generation, pad_left, padding_token, share_beginning
+from kallm.evaluate.opening import choose_device, open_model
+from kallm.evaluate.replies import (
+    count_shared,
+    cut_batches,
+    generate,
+    make_generation,
+    pad_left,
+    padding_token,
+    share_beginning,
+)
 from kallm.evaluate.segments import Pair
-from kallm.model.saved import load
 from kallm.progress import Reporter
+from kallm.saving.saved import load
 
 __all__ = ["KallmLM"]
 
@@ -68,7 +75,7 @@ class KallmLM(TemplateLM):
             tokenizer: the model's.
             engine: how likelihoods are computed; by default by the whole model.
             dtype: float32, bfloat16 or float16.
-            device: by default a GPU if there is one.
+            device: by default a GPU if there is one; cuda:0 without a GPU means the CPU, with a warning.
             batch_size: contexts of a forward pass, and replies at a time; ``auto`` fills passes by tokens.
             max_batch_size: replies at a time where batch_size is ``auto``.
             max_length: the longest text in tokens; by default what the model was made for.
@@ -78,17 +85,16 @@ class KallmLM(TemplateLM):
             done: told how many requests are answered, instead of a progress bar.
 
         Raises:
-            WrongConfiguration: no such source, dtype or batch size.
+            WrongConfiguration: no such source, dtype, device or batch size.
         """
         super().__init__()
         if model is None or tokenizer is None:
             model, tokenizer = open_model(path, dtype, trust_remote_code=trust_remote_code)
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            model.to(choose_device(device))
         if delta is not None:
             load(model, delta)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._device = model.device
-        count = _parse_batch_size(batch_size)
+        self._device, count = model.device, _parse_batch_size(batch_size)
         self._replies = count or max_batch_size or _REPLIES
         self.trees = engine is None and takes_trees(model)
         tokens = _PASS_TOKENS.get(model.device.type, _MANY_TOKENS)
@@ -145,8 +151,7 @@ class KallmLM(TemplateLM):
         pairs = []
         for context, continuation in split:
             if context:
-                ids = known[context]
-                pairs.append((ids, known[context + continuation][len(ids) :]))
+                pairs.append((known[context], known[context + continuation][len(known[context]) :]))
             else:
                 pairs.append(self._without_context(continuation))
         whole = [(request.args, *pair) for request, pair in zip(requests, pairs, strict=True)]
@@ -204,11 +209,11 @@ class KallmLM(TemplateLM):
         start: Callable[[int], Cache] | None,
     ) -> list[str]:
         """Return the replies to one padded batch; ``start`` gives keys and values of what all prompts begin with."""
-        cache = None if start is None else start(len(ids))
+        cache = start(len(ids)) if start else None
         return generate(self.model, self.tokenizer, ids, mask, config, cache=cache, stops=stops)
 
     def _reply_all(self, prompts: list[list[int]], settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
-        """Yield numbers of prompts and replies, longest prompts first: little padding, and memory runs out at once."""
+        """Yield numbers of prompts and replies, longest prompts first."""
         wanted = dict(normalize_gen_kwargs(settings, self._max_gen_toks))
         stops, max_new_tokens = [text for text in wanted.pop("until") if text], int(wanted.pop("max_gen_toks"))
         room = self.max_length - max_new_tokens
@@ -223,9 +228,7 @@ class KallmLM(TemplateLM):
         config = make_generation(self.model, self.tokenizer, max_new_tokens=max_new_tokens, **wanted)
         shared = count_shared(prompts) if self.trees else 0
         start = share_beginning(self.model, prompts[0][:shared]) if shared else None
-        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-        for begin in range(0, len(order), self._replies):
-            batch = order[begin : begin + self._replies]
+        for batch in cut_batches([len(prompt) for prompt in prompts], self._replies):
             ids, mask = pad_left(
                 [prompts[number] for number in batch], padding_token(self.model, self.tokenizer), shared=shared
             )

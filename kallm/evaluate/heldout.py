@@ -1,6 +1,6 @@
 """Cross-entropy on held-out conversations, each alone, on all tokens but the first.
 
-Legend: T tokens, D width of the residual stream, V vocabulary, N rows.
+Legend: T tokens, D width of the residual stream, W of what the trunk gave, V vocabulary, N rows.
 """
 
 import contextlib
@@ -18,11 +18,21 @@ from kallm.data.packing import encode
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.score import Score
 from kallm.evaluate.suites import Context, Evaluation, HeldoutSettings, Progress, Subject
-from kallm.model.trunk import HiddenCache, Passage
+from kallm.model.cache import HiddenCache
+from kallm.model.trunk import Passage
 
-__all__ = ["HeldoutText", "compute_logits", "compute_states", "needs_chat_template", "precision", "prepare"]
+__all__ = [
+    "ROWS",
+    "HeldoutText",
+    "compute_logits",
+    "compute_states",
+    "needs_chat_template",
+    "precision",
+    "prepare",
+    "read_heldout",
+]
 
-_ROWS = 256
+ROWS = 256
 """Rows of logits at a time: [256, V] in fp32 are 50 MB for a vocabulary of 49,152."""
 
 
@@ -57,21 +67,35 @@ class HeldoutText:
 
 
 def prepare(settings: HeldoutSettings, context: Context) -> HeldoutText:
-    """Tokenise the held-out conversations; those of fewer than two tokens are left out, for they hold nothing to score.
+    """Tokenise the held-out conversations.
 
     Raises:
         WrongConfiguration: there are no conversations, or the tokenizer has no chat template.
     """
-    needs_chat_template(context.tokenizer, "heldout")
+    return read_heldout(context, "heldout", max_tokens=settings.max_tokens)
+
+
+def read_heldout(context: Context, suite: str, *, max_tokens: int) -> HeldoutText:
+    """Tokenise the held-out conversations; those of fewer than two tokens are left out, for they hold nothing to score.
+
+    Args:
+        context: has the conversations.
+        suite: who asks, for the messages.
+        max_tokens: of a conversation, from its start.
+
+    Raises:
+        WrongConfiguration: there are no conversations, or the tokenizer has no chat template.
+    """
+    needs_chat_template(context.tokenizer, suite)
     ids, num_bytes, passages = [], [], []
     for conversation in context.heldout:
-        tokens = encode(context.tokenizer, conversation)[: settings.max_tokens]
+        tokens = encode(context.tokenizer, conversation)[:max_tokens]
         if len(tokens) > 1:
             ids.append(conversation.id)
             num_bytes.append(len(context.tokenizer.decode(tokens[1:]).encode()))
             passages.append(Passage(torch.tensor(tokens), torch.arange(len(tokens))))
     if not ids:
-        raise WrongConfiguration("the suite 'heldout' needs held-out conversations, but the dialogues have none")
+        raise WrongConfiguration(f"the suite '{suite}' needs held-out conversations, but the dialogues have none")
     return HeldoutText(ids, num_bytes, HiddenCache(context.trunk, passages, context.folder, context.model_name))
 
 
@@ -92,7 +116,7 @@ def precision(subject: Subject) -> AbstractContextManager[object]:
     return torch.autocast(weight.device.type, dtype=subject.model.dtype)
 
 
-def compute_states(subject: Subject, passage: Passage, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+def compute_states(subject: Subject, passage: Passage, hidden: Float[Tensor, "T W"]) -> Float[Tensor, "T D"]:
     """Return the tail's normalised last hidden states for one passage, [T, D], from the trunk's output."""
     device = subject.tail.head.weight.device
     mask = None if passage.mask is None else passage.mask[None].to(device)
@@ -111,7 +135,7 @@ def compute_logits(subject: Subject, states: Float[Tensor, "N D"]) -> Float[Tens
 def _sum_nll(subject: Subject, states: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> float:
     """Return the summed negative log-likelihood in nats; the logits of a whole conversation are never held at once."""
     total = 0.0
-    for rows, wanted in zip(torch.split(states, _ROWS), torch.split(targets.to(states.device), _ROWS), strict=True):
+    for rows, wanted in zip(torch.split(states, ROWS), torch.split(targets.to(states.device), ROWS), strict=True):
         nll = F.cross_entropy(compute_logits(subject, rows), wanted, reduction="none")
         total += float(nll.double().sum())
     return total

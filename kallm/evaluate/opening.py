@@ -1,12 +1,14 @@
 """A model for lm-eval, from what its command line says."""
 
+import warnings
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.errors import WrongConfiguration, did_you_mean
 from kallm.model.sources import load_model, load_tokenizer, look_up_model
 
-__all__ = ["open_model"]
+__all__ = ["choose_device", "open_model"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,3 +33,27 @@ def open_model(
         return model, AutoTokenizer.from_pretrained(place, trust_remote_code=True)
     facts = look_up_model(path)
     return load_model(facts, _DTYPES[dtype]), load_tokenizer(facts)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a name; by default a GPU if there is one.
+
+    lm-eval's command line names cuda:0 wherever --device is left out, so that without a GPU it means the CPU, with a
+    warning.
+
+    Raises:
+        WrongConfiguration: there is no such device.
+    """
+    count = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WrongConfiguration(f"unknown device '{name}': expected cpu, cuda or cuda:NUMBER") from error
+    if device.type != "cuda" or (device.index or 0) < count:
+        return device
+    if device.index:
+        raise WrongConfiguration(f"there is no device '{name}': this machine has {count} GPUs")
+    warnings.warn(f"this machine has no GPU for device '{name}': the CPU is taken", UserWarning, stacklevel=3)
+    return torch.device("cpu")

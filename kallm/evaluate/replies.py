@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 __all__ = [
     "StopStrings",
     "count_shared",
+    "cut_batches",
     "end_tokens",
     "generate",
     "make_generation",
@@ -30,6 +31,8 @@ __all__ = [
     "share_beginning",
 ]
 
+_SPREAD = 0.7
+"""A batch ends before a prompt that is shorter than this share of its longest: padding costs as much as tokens do."""
 _SHARED = 32
 """Fewer tokens than these are rather computed again than given a forward pass of their own."""
 
@@ -83,6 +86,16 @@ def padding_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Return the token that fills a batch; 0 where the model names neither padding nor an end."""
     padding: int | None = tokenizer.pad_token_id
     return next(iter(end_tokens(model, tokenizer)), 0) if padding is None else padding
+
+
+def cut_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return the numbers of prompts in batches, longest first: little padding, and memory runs out at once or never."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not batches or len(batches[-1]) == size or lengths[number] < _SPREAD * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
 
 
 def pad_left(

@@ -6,22 +6,20 @@ of a model (tokens, and a cache of the trunk's output) and then scores one subje
 
 import contextlib
 import functools
-import hashlib
 import importlib
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, content_hash, load_bbh
 from kallm.data.dialogues import Conversation
 from kallm.errors import did_you_mean
 from kallm.evaluate.parse import Normaliser
 from kallm.evaluate.score import Score
+from kallm.evaluate.settings import EdgesSettings, HeldoutSettings, RetainedSettings, SuiteSettings
 from kallm.model.sources import reach_hub
 
 if TYPE_CHECKING:
@@ -34,10 +32,12 @@ __all__ = [
     "BBHChatSettings",
     "BBHChoiceSettings",
     "Context",
+    "EdgesSettings",
     "Evaluation",
     "HeldoutSettings",
     "Prepared",
     "Progress",
+    "RetainedSettings",
     "Subject",
     "Suite",
     "SuiteSettings",
@@ -100,59 +100,6 @@ class Prepared(Protocol):
     def score(self, subject: Subject, progress: Progress, stop: Callable[[], None]) -> Evaluation:
         """Score one subject; ``stop`` is called between items and raises where a stop was asked for."""
         ...
-
-
-class SuiteSettings(BaseModel, ABC):
-    """What one suite measures; fields in ``without_effect`` name no result and are left out of the identity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", polymorphic_serialization=True)
-    numerics: ClassVar[int]
-    """Raised whenever the same settings and data would give other items."""
-    without_effect: ClassVar[frozenset[str]] = frozenset()
-
-    @property
-    @abstractmethod
-    def description(self) -> str:
-        """One line for the table."""
-
-    @abstractmethod
-    def content(self, *, dialogues: str, heldout: int) -> str:
-        """Return a hash of the data that is scored."""
-
-    def pinned(self) -> "SuiteSettings":
-        """Return the same with what comes from the hub named by commit."""
-        return self
-
-    def identity(self, *, dialogues: str, heldout: int) -> str:
-        """Return a hash of the settings, the data and the version of the computation.
-
-        Args:
-            dialogues: hash of the dialogues' content.
-            heldout: how many held-out conversations are scored, at most.
-        """
-        told = {
-            "content": self.content(dialogues=dialogues, heldout=heldout),
-            "numerics": self.numerics,
-            "settings": self.model_dump(mode="json", exclude=set(self.without_effect)),
-            "suite": type(self).__name__,
-        }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-class HeldoutSettings(SuiteSettings):
-    """Cross-entropy on conversations that no cell trains on."""
-
-    numerics = 1
-    max_tokens: int = Field(1024, gt=1, description="a conversation's tokens that are read, from its start")
-
-    @property
-    def description(self) -> str:
-        """One line for the table."""
-        return f"held-out conversations, all tokens but the first of at most {self.max_tokens}"
-
-    def content(self, *, dialogues: str, heldout: int) -> str:
-        """Return a hash of the data that is scored."""
-        return f"{dialogues} {heldout}"
 
 
 class _BBHSettings(SuiteSettings):
@@ -292,5 +239,7 @@ def _resting(tail: "kallm.model.trunk.Tail") -> Iterator[None]:
 SUITES: dict[str, Suite] = {
     "bbh-chat": Suite(BBHChatSettings, "kallm.evaluate.conversation"),
     "bbh-choice": Suite(BBHChoiceSettings, "kallm.evaluate.choices"),
+    "edges": Suite(EdgesSettings, "kallm.evaluate.edges"),
     "heldout": Suite(HeldoutSettings, "kallm.evaluate.heldout"),
+    "retained": Suite(RetainedSettings, "kallm.evaluate.retained"),
 }

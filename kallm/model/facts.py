@@ -13,7 +13,8 @@ from kallm.errors import WrongConfiguration
 __all__ = ["ModelFacts", "count_parameters", "read_headers"]
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d+)\.")
-_FFN = re.compile(r"\.(?:mlp|feed_forward|ffn|ffn_(?:gate|up|down))\.")
+_FFN = re.compile(r"\.(?:mlp|feed_forward|ffn|fc1|fc2|ffn_(?:gate|up|down))\.")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embd)\.")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _DEPTH = ("num_hidden_layers", "n_layer")
 _HIDDEN = ("intermediate_size", "n_inner", "ffn_dim")
@@ -27,6 +28,8 @@ class ModelFacts(BaseModel):
         identity: hash of the weights, or the hub's commit.
         blocks, ffns: parameters of each block, and of its FFN.
         other: parameters that are neither embedding, block nor head (the final norm).
+        positions: parameters of learned positions, which are added to the embedding and stay with it.
+        kind: the config's ``model_type``; None where the source names none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,6 +45,8 @@ class ModelFacts(BaseModel):
     blocks: tuple[int, ...]
     ffns: tuple[int, ...]
     other: int
+    positions: int = 0
+    kind: str | None = None
 
     @property
     def head(self) -> int:
@@ -51,7 +56,7 @@ class ModelFacts(BaseModel):
     @property
     def total(self) -> int:
         """Parameters of the whole model, a tied matrix counted once."""
-        return sum(self.blocks) + self.other + self.head * (1 if self.tied else 2)
+        return sum(self.blocks) + self.other + self.positions + self.head * (1 if self.tied else 2)
 
 
 def read_headers(folder: Path, weights: list[Path]) -> tuple[dict[str, Any], dict[str, list[int]]]:
@@ -84,13 +89,15 @@ def count_parameters(
 
     width, num_blocks = setting(_WIDTH), setting(_DEPTH)
     head = width * int(config["vocab_size"])
-    blocks, ffns, rest = [0] * num_blocks, [0] * num_blocks, 0
+    blocks, ffns, rest, positions = [0] * num_blocks, [0] * num_blocks, 0, 0
     for name, shape in shapes.items():
         count = 1
         for size in shape:
             count *= int(size)
         match = _BLOCK.search(name)
-        if match is None:
+        if _POSITIONS.search(name):
+            positions += count
+        elif match is None:
             rest += count
         else:
             blocks[int(match[1])] += count
@@ -108,4 +115,6 @@ def count_parameters(
         blocks=tuple(blocks),
         ffns=tuple(ffns),
         other=rest - head * (1 if tied else 2),
+        positions=positions,
+        kind=config.get("model_type"),
     )

@@ -67,10 +67,9 @@ def fit_tail_(
         raise WrongConfiguration("start: fitted needs calibration text, but none of its tokens has a target")
     tail.eval()
     with torch.autocast(tail.head.weight.device.type, enabled=False):
-        calls, aims = _run_teacher(tail, rows)
+        calls, streams, aims = _run_teacher(tail, rows)
         generator = torch.Generator().manual_seed(seed)
-        report = retrofit_(tail, RetrofitConfig(ffn=spec, layers="all"), generator=generator)
-        streams = [_placed(tail, row.hidden) for row in rows]
+        report = retrofit_(tail, RetrofitConfig(ffn=spec, layers=tail.layers), generator=generator)
         for block, replacement, call, aim in zip(tail.blocks, report.replacements, calls, aims, strict=True):
             stop()
             work = _Block(tail, block, replacement, call, [row.counts for row in rows])
@@ -134,11 +133,17 @@ class _Silent(nn.Module):
         return torch.zeros_like(x) if self.answer is None else self.answer.expand_as(x)
 
 
-def _run_teacher(tail: Tail, rows: Sequence[CalibrationRow]) -> tuple[list[list[_Call]], list[list[Tensor]]]:
-    """Return, block by block and row by row, a block's other arguments and the residual stream behind it."""
+def _run_teacher(
+    tail: Tail, rows: Sequence[CalibrationRow]
+) -> tuple[list[list[_Call]], list[Tensor], list[list[Tensor]]]:
+    """Return, block by block and row by row, a block's other arguments and the residual stream behind it.
+
+    Between them: the residual stream before the first block that trains, row by row.
+    """
+    entering: list[Tensor] = []
     calls: list[list[_Call]] = [[] for _ in tail.blocks]
     streams: list[list[Tensor]] = [[] for _ in tail.blocks]
-    hooks = []
+    hooks = [tail.blocks[0].register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0][0]))]
     for block, called, behind in zip(tail.blocks, calls, streams, strict=True):
         hooks.append(
             block.register_forward_pre_hook(lambda _, a, k, to=called: to.append((a[1:], dict(k))), with_kwargs=True)
@@ -148,7 +153,7 @@ def _run_teacher(tail: Tail, rows: Sequence[CalibrationRow]) -> tuple[list[list[
         tail(_placed(tail, row.hidden)[None], row.position_ids[None].to(tail.head.weight.device))
     for hook in hooks:
         hook.remove()
-    return calls, streams
+    return calls, entering, streams
 
 
 def _through(block: nn.Module, stream: Float[Tensor, "T D"], call: _Call) -> Float[Tensor, "T D"]:

@@ -6,102 +6,132 @@ pass, masks and position encoding. Legend: B batch, T tokens, D width of the res
 
 import contextlib
 import copy
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm.errors import WrongConfiguration
+from kallm.model.blocks import (
+    blocks_name,
+    decoder_of,
+    drop_embedding_,
+    final_norm_name,
+    set_layer_index_,
+    whole_names,
+    with_blocks,
+)
+from kallm.model.passage import Passage, apart, trial_passage
+from kallm.model.whole import (
+    OwnHead,
+    TokenBody,
+    is_close,
+    mixes_documents,
+    read_tokens_,
+)
 
-__all__ = ["HiddenCache", "Passage", "Tail", "Trunk", "assembled", "blocks_name", "split"]
+__all__ = ["Passage", "Tail", "Trunk", "WholeTail", "assembled", "split"]
 
-_FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
-
-
-@dataclass(frozen=True)
-class Passage:
-    """One sequence that goes through the model alone.
-
-    Attributes:
-        input_ids: token ids, [T].
-        position_ids: positions, [T]; documents packed into one passage each start at 0 and do not see each other.
-        mask: which token (row) sees which (column), [T, T]; None means causal within each document.
-    """
-
-    input_ids: Int[Tensor, " T"]
-    position_ids: Int[Tensor, " T"]
-    mask: Bool[Tensor, "T T"] | None = None
-
-    def fingerprint(self) -> str:
-        """Return a hash of the passage's content."""
-        digest = hashlib.sha256(self.input_ids.numpy().tobytes())
-        digest.update(self.position_ids.numpy().tobytes())
-        if self.mask is not None:
-            digest.update(self.mask.numpy().tobytes())
-        return digest.hexdigest()
+_TAKE_MASKS = ("sdpa",)
 
 
 class Trunk(nn.Module):
-    """The frozen embedding and first blocks; its output is the residual stream before block ``cut``."""
+    """The frozen embedding and first blocks; its output is the residual stream before block ``cut``.
 
-    def __init__(self, base: PreTrainedModel, cut: int) -> None:
+    Before block 0 it gives the token ids instead: the tail is then a ``WholeTail``, which embeds them.
+
+    Attributes:
+        masks: whether packed documents need a mask to stay apart.
+        note: one sentence where something hinders sharing; else empty.
+    """
+
+    def __init__(self, base: PreTrainedModel, cut: int, *, masks: bool = False, note: str = "") -> None:
         super().__init__()
-        self.cut = cut
-        self.body = _with_blocks(base, 0, cut)
-        setattr(self.body, _final_norm_name(base), nn.Identity())
+        self.cut, self.masks, self.note = cut, masks, note
+        self.body: Any = TokenBody(base)
+        if cut:
+            self.body = with_blocks(base, 0, cut)
+            setattr(self.body, final_norm_name(base), nn.Identity())
         self.body.requires_grad_(False)
         self.body.eval()
 
     @torch.no_grad()
     def forward(self, passage: Passage) -> Float[Tensor, "T D"]:
-        """Return the residual stream before the tail for one passage, [T, D]."""
+        """Return the residual stream before the tail for one passage, [T, D], or its token ids, [T, 1]."""
         device = next(self.body.parameters()).device
+        positions = passage.position_ids[None].to(device)
+        mask = None if passage.mask is None else passage.mask[None].to(device)
+        if mask is None and self.masks:
+            mask = apart(positions)
         hidden: Tensor = self.body(
             input_ids=passage.input_ids[None].to(device),
-            position_ids=passage.position_ids[None].to(device),
-            attention_mask=None if passage.mask is None else passage.mask[None, None].to(device),
+            position_ids=positions,
+            attention_mask=None if mask is None else mask[:, None],
             use_cache=False,
         ).last_hidden_state
         return hidden[0]
 
 
 class Tail(nn.Module):
-    """A copy of the last blocks, the final norm and an untied head: what a cell trains."""
+    """A copy of the last blocks, the final norm and the head: what a cell trains.
 
-    def __init__(self, model: PreTrainedModel, cut: int) -> None:
+    Attributes:
+        cut: the number of its first block in the whole model.
+        head: gives logits; a ``Linear`` without bias, or an ``OwnHead`` where the model does more.
+        masks: whether packed documents need a mask to stay apart.
+    """
+
+    def __init__(self, model: PreTrainedModel, cut: int, *, masks: bool = False) -> None:
         super().__init__()
-        self.cut = cut
-        base = model.base_model
-        body = _with_blocks(base, cut, model.config.num_hidden_layers)
-        body.set_input_embeddings(nn.Identity())
-        if hasattr(body, "wpe"):  # GPT-2 adds its positions to the tokens' embedding, before the first block
-            body.wpe = _NoPositions()
-        self.body = copy.deepcopy(body)
-        for index, block in enumerate(getattr(self.body, blocks_name(base))):
-            _set_layer_index(block, index)
-        self.head = copy.deepcopy(model.get_output_embeddings())
+        self.cut, self.masks = cut, masks
+        self.body = self._copied_body(model)
+        head = OwnHead(model)
+        self.head: Any = head if head.bends() else head.linear
         self.requires_grad_(True)
-        self._prefixes = _whole_names(model)
+        self._prefixes = whole_names(model)
+
+    def _copied_body(self, model: PreTrainedModel) -> PreTrainedModel:
+        base = decoder_of(model)
+        body = with_blocks(base, self.cut, model.config.num_hidden_layers)
+        drop_embedding_(body)
+        body = copy.deepcopy(body)
+        for index, block in enumerate(getattr(body, blocks_name(base))):
+            set_layer_index_(block, index)
+        return body
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The tail's blocks, first to last."""
+        """The blocks that train, first to last."""
         found: nn.ModuleList = getattr(self.body, blocks_name(self.body))
         return found
 
+    @property
+    def layers(self) -> str:
+        """The blocks that train, as a ``RetrofitConfig`` names them."""
+        return f"last:{len(self.blocks)}"
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """What trains beside the head."""
+        return [self.body]
+
+    @property
+    def linear(self) -> Any:
+        """The matrix product in the head."""
+        return self.head.linear if isinstance(self.head, OwnHead) else self.head
+
     def forward(
         self,
-        hidden: Float[Tensor, "B T D"],
+        hidden: Float[Tensor, "B T W"],
         position_ids: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the normalised last hidden states, [B, T, D]; multiply by ``head.weight`` for logits."""
+        """Return the normalised last hidden states, [B, T, D], of a trunk's output; ``head`` makes logits of them."""
+        if mask is None and self.masks and self.body.config._attn_implementation in _TAKE_MASKS:
+            mask = apart(position_ids)
         out: Tensor = self.body(
             inputs_embeds=hidden,
             position_ids=position_ids,
@@ -110,9 +140,15 @@ class Tail(nn.Module):
         ).last_hidden_state
         return out
 
+    def pretrained(self, model: PreTrainedModel) -> "Tail":
+        """Return a tail of the same form with the model's own weights, bit for bit."""
+        return Tail(model, self.cut, masks=self.masks)
+
     def whole_name(self, name: str) -> str:
         """Return the name that a tail's parameter has in the whole model (``model.layers.25.…``)."""
         body_prefix, blocks, head_name = self._prefixes
+        if name.startswith("head.lm."):
+            return name.removeprefix("head.lm.")
         if name.startswith("head."):
             return f"{head_name}.{name.removeprefix('head.')}"
         parts = name.removeprefix("body.").split(".")
@@ -121,158 +157,142 @@ class Tail(nn.Module):
         return ".".join((body_prefix, *parts))
 
 
-class _NoPositions(nn.Module):
-    """Stands where learned positions are added: a tail's input has them already."""
+class WholeTail(Tail):
+    """A whole model as a tail, for token ids: only its last blocks, final norm and head train, and are copied.
 
-    def forward(self, position_ids: Int[Tensor, "*B T"]) -> Float[Tensor, ""]:
-        return torch.zeros((), device=position_ids.device)
+    All else is frozen and shared with the model and with the other tails. A tied head is the embedding too, one matrix
+    that trains through both its uses.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_trained: int, *, tied: bool, masks: bool = False) -> None:
+        self._num_trained = num_trained
+        super().__init__(model, 0, masks=masks)
+        self._tied = tied
+        if tied:
+            embedding: Any = copy.deepcopy(model.get_input_embeddings())
+            self.body.set_input_embeddings(embedding)
+            self.linear.weight = embedding.weight
+        for frozen in self._frozen:
+            frozen.requires_grad_(False)
+
+    def _copied_body(self, model: PreTrainedModel) -> PreTrainedModel:
+        base = decoder_of(model)
+        num_blocks = model.config.num_hidden_layers
+        body = with_blocks(base, 0, num_blocks)
+        blocks, norm_name = getattr(body, blocks_name(body)), final_norm_name(body)
+        for index in range(num_blocks - self._num_trained, num_blocks):
+            blocks[index] = copy.deepcopy(blocks[index])
+        setattr(body, norm_name, copy.deepcopy(getattr(body, norm_name)))
+        read_tokens_(body)
+        return body
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks that train, first to last."""
+        found: nn.ModuleList = super().blocks[-self._num_trained :]
+        return found
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """What trains beside the head."""
+        norm = getattr(self.body, final_norm_name(self.body))
+        return [*self.blocks, *([] if norm is None else [norm])]  # a small OPT has none
+
+    @property
+    def _frozen(self) -> list[nn.Module]:
+        """What never trains: all of the body but what trains, and but the embedding where that is the head."""
+        own = {id(module) for module in self.trained}
+        if self._tied:
+            own.add(id(self.body.get_input_embeddings()))
+        name = blocks_name(self.body)
+        parts = [module for key, module in self.body.named_children() if key != name]
+        return [module for module in (*parts, *getattr(self.body, name)) if id(module) not in own]
+
+    def pretrained(self, model: PreTrainedModel) -> "WholeTail":
+        """Return a tail of the same form with the model's own weights."""
+        return WholeTail(model, self._num_trained, tied=self._tied, masks=self.masks)
+
+    def train(self, mode: bool = True) -> "WholeTail":
+        """Set the mode of what trains; frozen blocks are always evaluated, as a trunk's are."""
+        super().train(mode)
+        for frozen in self._frozen:
+            frozen.eval()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WholeTail":
+        for frozen in self._frozen:
+            memo[id(frozen)] = frozen
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return twin
 
 
-def split(model: PreTrainedModel, num_tail_blocks: int) -> tuple[Trunk, Tail]:
+def split(
+    model: PreTrainedModel, num_tail_blocks: int, *, head: Literal["untied", "tied"] = "untied"
+) -> tuple[Trunk, Tail]:
     """Split a causal language model into a trunk that shares its weights and a tail with weights of its own.
 
+    The model is put into evaluation mode, and what it does is tried on a few tokens. There is no trunk, and the
+    whole model is the tail, where the tail is all of it, where a tied head trains the embedding, or where trunk and
+    tail are found not to compute what the whole model does; ``Trunk.note`` says so.
+
     Raises:
-        WrongConfiguration: the model has fewer blocks than the tail, or does more behind them than a norm and a head.
+        WrongConfiguration: the model has fewer blocks than the tail, no embedding that is its head, or lets packed
+            documents see each other.
     """
-    if getattr(model.config, "final_logit_softcapping", None):
-        raise WrongConfiguration(
-            f"{type(model).__name__} bends its logits (final_logit_softcapping), which a tail's head does not: "
-            "set it to null in the model's config, or take another model"
-        )
     cut = model.config.num_hidden_layers - num_tail_blocks
     if cut < 0:
         raise WrongConfiguration(
             f"a tail of {num_tail_blocks} blocks is longer than the model, which has {model.config.num_hidden_layers}"
         )
-    return Trunk(model.base_model, cut), Tail(model, cut)
+    base, name = decoder_of(model.eval()), type(model).__name__
+    if head == "tied" and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise WrongConfiguration(f"head: tied needs a model whose embedding is its head, but {name} has two matrices")
+    masks = mixes_documents(base)
+    if head == "tied":
+        note = "head: tied: the embedding trains, so each cell runs the whole model, and no trunk is shared"
+    elif cut == 0:
+        note = "tail: all: each cell runs the whole model, and no trunk is shared"
+    else:
+        trunk, tail = Trunk(base, cut, masks=masks), Tail(model, cut, masks=masks)
+        if _is_exact(base, trunk, tail):
+            return trunk, tail
+        note = f"{name} cannot be cut between its blocks, so each cell runs the whole model, and no trunk is shared"
+    return Trunk(base, 0, note=note), WholeTail(model, num_tail_blocks, tied=head == "tied", masks=masks)
+
+
+@torch.no_grad()
+def _is_exact(base: PreTrainedModel, trunk: Trunk, tail: Tail) -> bool:
+    """Try on a few tokens whether trunk and tail give what the whole model gives."""
+    passage, device = trial_passage(base.config.vocab_size), next(base.parameters()).device
+    ids, positions = passage.input_ids[None].to(device), passage.position_ids[None].to(device)
+    mask = apart(positions)[:, None] if tail.masks else None
+    whole = base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+    parts = tail(trunk(passage)[None], positions)
+    return parts.shape == whole.shape and is_close(parts, whole)
 
 
 @contextlib.contextmanager
 def assembled(model: PreTrainedModel, tail: Tail) -> Iterator[PreTrainedModel]:
     """Put a tail's modules into the whole model, for ``generate``, and take them out again."""
-    base, name = model.base_model, blocks_name(model.base_model)
-    blocks, norm_name = getattr(base, name), _final_norm_name(base)
-    before = (blocks, getattr(base, norm_name), model.get_output_embeddings())
-    for index, block in enumerate(tail.blocks):
-        _set_layer_index(block, tail.cut + index)
-    setattr(base, name, nn.ModuleList([*blocks[: tail.cut], *tail.blocks]))
+    base = decoder_of(model)
+    name, norm_name = blocks_name(base), final_norm_name(base)
+    blocks, own = getattr(base, name), getattr(tail.body, name)
+    before = (getattr(base, norm_name), model.get_input_embeddings(), model.get_output_embeddings())
+    for index, block in enumerate(own):
+        set_layer_index_(block, tail.cut + index)
+    setattr(base, name, nn.ModuleList([*blocks[: tail.cut], *own]))
     setattr(base, norm_name, getattr(tail.body, norm_name))
-    model.set_output_embeddings(tail.head)
+    if isinstance(tail, WholeTail):
+        model.set_input_embeddings(tail.body.get_input_embeddings())
+    model.set_output_embeddings(tail.linear)
     try:
         yield model
     finally:
-        setattr(base, name, before[0])
-        setattr(base, norm_name, before[1])
+        setattr(base, name, blocks)
+        setattr(base, norm_name, before[0])
+        model.set_input_embeddings(before[1])
         model.set_output_embeddings(before[2])
-        for index, block in enumerate(tail.blocks):
-            _set_layer_index(block, index)
-
-
-class HiddenCache:
-    """The trunk's output for a list of passages, computed once and kept in a memory-mapped file.
-
-    A passage always goes through the trunk alone, so its values depend neither on the batch it is used in nor on
-    whether they were cached. Several processes may fill one file: they write equal bytes.
-    """
-
-    def __init__(self, trunk: Trunk, passages: Sequence[Passage], folder: Path, model: str) -> None:
-        """``model`` names the frozen weights, so that caches of different models never meet."""
-        self.trunk, self.passages = trunk, passages
-        weight = next(trunk.body.parameters())
-        width = trunk.body.config.hidden_size
-        if weight.dtype not in (torch.float32, torch.bfloat16):
-            raise WrongConfiguration(f"the trunk's dtype must be float32 or bfloat16, but it is {weight.dtype}")
-        self._dtype = weight.dtype
-        content = hashlib.sha256(f"{model} {trunk.cut} {weight.dtype} {torch.__version__}".encode())
-        for passage in passages:
-            content.update(passage.fingerprint().encode())
-        self._starts = np.cumsum([0, *(len(p.input_ids) for p in passages)])
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / content.hexdigest()[:24]
-        stored = np.float32 if weight.dtype is torch.float32 else np.int16
-        self._values = _mapped(stem.with_suffix(".hidden"), stored, (int(self._starts[-1]), width))
-        self._present = _mapped(stem.with_suffix(".present"), np.uint8, (len(passages),))
-
-    def __len__(self) -> int:
-        return len(self.passages)
-
-    def num_missing(self) -> int:
-        """Return how many passages have not been through the trunk yet."""
-        return int((self._present == 0).sum())
-
-    def __getitem__(self, index: int) -> Float[Tensor, "T D"]:
-        """Return the residual stream before the tail for one passage, [T, D]."""
-        place = slice(int(self._starts[index]), int(self._starts[index + 1]))
-        if not self._present[index]:
-            hidden = self.trunk(self.passages[index]).cpu()
-            self._values[place] = (hidden if self._dtype is torch.float32 else hidden.view(torch.int16)).numpy()
-            self._values.flush()
-            self._present[index] = 1
-        values = torch.from_numpy(np.array(self._values[place]))
-        return values if self._dtype is torch.float32 else values.view(torch.bfloat16)
-
-
-def blocks_name(base: nn.Module) -> str:
-    """Return the name of the list of blocks in a base model (``layers``, ``h``, …).
-
-    Raises:
-        WrongConfiguration: there is no list of blocks.
-    """
-    lists = {name: child for name, child in base.named_children() if isinstance(child, nn.ModuleList)}
-    if not lists:
-        raise WrongConfiguration(
-            f"{type(base).__name__} has no list of blocks, so it cannot be split into trunk and tail; its children are "
-            f"{[n for n, _ in base.named_children()]}"
-        )
-    return max(lists, key=lambda name: len(lists[name]))
-
-
-def _with_blocks(base: PreTrainedModel, low: int, high: int) -> PreTrainedModel:
-    """Return a copy that shares all modules with ``base`` but has only the blocks from low to high."""
-    name = blocks_name(base)
-    half = copy.copy(base)
-    half._modules = dict(base._modules)
-    half.config = _sliced_config(base.config, low, high)
-    setattr(half, name, nn.ModuleList(getattr(base, name)[low:high]))
-    return half
-
-
-def _sliced_config(config: object, low: int, high: int) -> object:
-    """Cut every per-block list of a config; transformers does not refuse a wrong length, it masks wrongly."""
-    num_blocks = config.num_hidden_layers  # type: ignore[attr-defined]
-    sliced = copy.deepcopy(config)
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == num_blocks:
-            setattr(sliced, key, value[low:high])
-    sliced.num_hidden_layers = high - low  # type: ignore[attr-defined]
-    return sliced
-
-
-def _final_norm_name(base: nn.Module) -> str:
-    for name in _FINAL_NORMS:
-        if hasattr(base, name):
-            return name
-    raise WrongConfiguration(f"{type(base).__name__} has no final norm named one of {', '.join(_FINAL_NORMS)}")
-
-
-def _set_layer_index(block: nn.Module, index: int) -> None:
-    for module in block.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = index  # type: ignore[assignment]
-
-
-def _whole_names(model: PreTrainedModel) -> tuple[str, str, str]:
-    """Return the names of the base model, of its list of blocks and of the head within the whole model."""
-    head = model.get_output_embeddings()
-    head_name = next(name for name, module in model.named_modules() if module is head)
-    return model.base_model_prefix, blocks_name(model.base_model), head_name
-
-
-def _mapped(
-    path: Path, dtype: type[np.generic], shape: tuple[int, ...]
-) -> "np.memmap[tuple[int, ...], np.dtype[np.generic]]":
-    """Map a file of zeros, made sparse where it is new."""
-    with open(path, "ab") as file:
-        if file.tell() == 0:
-            file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+        for index, block in enumerate(own):
+            set_layer_index_(block, index)

@@ -7,23 +7,29 @@ Colours are placeholders while matplotlib draws, and CSS variables afterwards (`
 import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.collections import Collection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from kallm.results.schema import Estimate, Reference, Table
 
 __all__ = [
     "BAND",
+    "COLOURS",
     "FAINT",
     "INK",
     "RULE",
     "STYLE",
+    "WIDTH",
     "describe",
     "draw_estimate",
     "draw_references",
@@ -32,15 +38,17 @@ __all__ = [
     "finish",
     "limit",
     "make_axes",
+    "paint_",
     "write_names",
 ]
 
 INK, FAINT, RULE, BAND = "#010101", "#020202", "#030303", "#040404"
-_COLOURS = [f"#0501{index:02x}" for index in range(10)]
+COLOURS = [f"#0501{index:02x}" for index in range(10)]
+"""The colours of variants."""
 _VARIABLES = {INK: "--ink", FAINT: "--faint", RULE: "--rule", BAND: "--band"}
-_VARIABLES |= {colour: f"--c{index}" for index, colour in enumerate(_COLOURS)}
+_VARIABLES |= {colour: f"--c{index}" for index, colour in enumerate(COLOURS)}
 _MARKERS = "osD^vPXphd"
-_WIDTH = 5.2
+WIDTH = 5.2
 _OUTLIER = 2.5
 """A value is shown at the edge, with an arrow, if leaving it out shrinks the span by this factor."""
 
@@ -73,7 +81,7 @@ def make_axes(
     num_rows: int, *, row_height: float = 0.27, extra: float = 0.75, listed: bool = True
 ) -> tuple[Figure, Axes]:
     """Return a figure for rows from the top down, or (``listed=False``) for plain x and y of that height."""
-    figure = Figure(figsize=(_WIDTH, num_rows * row_height + extra), layout="constrained")
+    figure = Figure(figsize=(WIDTH, num_rows * row_height + extra), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(axis="x" if listed else "y")
     axes.set_axisbelow(True)
@@ -85,7 +93,7 @@ def make_axes(
 
 def find_colour(table: Table, variant: str) -> str:
     """Return a variant's colour: the same in every figure."""
-    return _COLOURS[_place(table, variant) % len(_COLOURS)]
+    return COLOURS[_place(table, variant) % len(COLOURS)]
 
 
 def find_marker(table: Table, variant: str) -> str:
@@ -190,6 +198,16 @@ def finish(figure: Figure, name: str, label: str) -> str:
     said = html.escape(label, quote=True)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{size[1]}" '
     return f'{head}role="img" aria-label="{said}">' + text[text.index(">") + 1 :].strip()
+
+
+def paint_(figure: Figure, colours: Mapping[str, str]) -> None:
+    """Give lines, texts and areas of a figure true colours, by CSS variable, for a file that follows no page."""
+    true = {placeholder: colours[variable] for placeholder, variable in _VARIABLES.items()}
+    found: Any = figure.findobj
+    for artist in [*found(Line2D), *found(Text)]:
+        artist.set_color(true.get(to_hex(artist.get_color()), artist.get_color()))
+    for artist in found(Collection):
+        artist.set_facecolor([true.get(to_hex(colour), colour) for colour in artist.get_facecolor()])
 
 
 def _place(table: Table, variant: str) -> int:

@@ -8,29 +8,39 @@ from kallm.errors import DataMismatch
 from kallm.results.items import Answers, check_same, find_references, reduce_items
 from kallm.results.record import (
     CellEntry,
+    ChoiceRecord,
     EvaluationRecord,
     StudyDocument,
     SuiteEntry,
     TrainingRecord,
     cell_key,
+    choice_key,
     evaluation_key,
     parse_record,
     read_items,
 )
 from kallm.store.store import Store
+from kallm.train.probe import ProbeRecord, probe_prefix
 
 __all__ = ["Evidence", "gather_evidence", "name_suite"]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Records by cell, evaluations and their items by (cell, suite id), references by suite id, hashes by key."""
+    """Records by cell, evaluations and their items by (cell, suite id), references by suite id, hashes by key.
+
+    Attributes:
+        choices: by their hash.
+        probes: by request, then by key, in the order of the keys.
+    """
 
     document: StudyDocument
     trainings: dict[str, TrainingRecord]
     evaluations: dict[tuple[str, str], EvaluationRecord]
     answers: dict[tuple[str, str], Answers]
     references: dict[str, dict[str, dict[str, float]]]
+    choices: dict[str, ChoiceRecord]
+    probes: dict[str, dict[str, ProbeRecord]]
     digests: dict[str, str]
 
     def find_cells(self, variant: str) -> list[CellEntry]:
@@ -83,7 +93,10 @@ def gather_evidence(store: Store, document: StudyDocument) -> Evidence:
             if found is not None:
                 answers[entry.id, suite.id] = found
     _check_questions(document, answers)
-    return Evidence(document, trainings, evaluations, answers, references, digests)
+    choices = _read_choices(store, document, digests)
+    return Evidence(
+        document, trainings, evaluations, answers, references, choices, _read_probes(store, document, digests), digests
+    )
 
 
 def name_suite(document: StudyDocument, suite: SuiteEntry) -> str:
@@ -91,7 +104,31 @@ def name_suite(document: StudyDocument, suite: SuiteEntry) -> str:
     return suite.name if sum(other.name == suite.name for other in document.suites) == 1 else suite.id
 
 
-_Record = TypeVar("_Record", TrainingRecord, EvaluationRecord)
+def _read_choices(store: Store, document: StudyDocument, digests: dict[str, str]) -> dict[str, ChoiceRecord]:
+    found = {}
+    for choice in sorted({entry.choice for entry in document.cells if entry.choice is not None}):
+        record = _read(store, ChoiceRecord, choice_key(choice), digests)
+        if record is not None:
+            if record.choice != choice:
+                raise DataMismatch(f"{choice_key(choice)} is a record of choice {record.choice}; restore or remove it")
+            found[choice] = record
+    return found
+
+
+def _read_probes(store: Store, document: StudyDocument, digests: dict[str, str]) -> dict[str, dict[str, ProbeRecord]]:
+    found: dict[str, dict[str, ProbeRecord]] = {}
+    for request in sorted({entry.probe for entry in document.cells if entry.probe is not None}):
+        for key in sorted(entry.key for entry in store.list(probe_prefix(request))):
+            record = _read(store, ProbeRecord, key, digests)
+            if record is None:
+                continue
+            if record.request != request:
+                raise DataMismatch(f"{key} is a record of request {record.request}; restore or remove it")
+            found.setdefault(request, {})[key] = record
+    return found
+
+
+_Record = TypeVar("_Record", TrainingRecord, EvaluationRecord, ChoiceRecord, ProbeRecord)
 
 
 def _read(store: Store, kind: type[_Record], key: str, digests: dict[str, str]) -> _Record | None:

@@ -9,6 +9,7 @@ from kallm.results.record import (
     StudyDocument,
     TrainingRecord,
     cell_key,
+    choice_key,
     evaluation_key,
     read_record,
     study_key,
@@ -16,6 +17,7 @@ from kallm.results.record import (
 from kallm.store.commit import list_manifests, manifest_key, read_manifest
 from kallm.store.copy import Step
 from kallm.store.store import Entry, Store
+from kallm.train.probe import probe_prefix
 
 __all__ = ["find_unnamed", "list_steps"]
 
@@ -31,6 +33,12 @@ def list_steps(store: Store, document: StudyDocument) -> list[Step]:
         DataMismatch: a record is malformed.
     """
     steps = [Step("record", study_key(document.name, document.hash, "study.json"))]
+    for request in sorted({entry.probe for entry in document.cells if entry.probe is not None}):
+        # figures of equal hardware are never equal: those that the other store has are as good
+        steps += [Step("record", entry.key, unless=entry.key) for entry in store.list(probe_prefix(request))]
+    for choice in sorted({entry.choice for entry in document.cells if entry.choice is not None}):
+        if store.get(choice_key(choice)) is not None:
+            steps.append(Step("record", choice_key(choice)))
     for entry in document.cells:
         steps += _list_cell(store, document, entry.id)
     return steps
@@ -58,10 +66,10 @@ def _list_cell(store: Store, document: StudyDocument, cell: str) -> Iterator[Ste
 
 
 def find_unnamed(store: Store) -> tuple[list[tuple[Entry, str]], list[str]]:
-    """Return the checkpoints, weights and items below ``cells/`` that count no more, and the cells left alone.
+    """Return the checkpoints, weights, items and trials that count no more, and the cells left alone.
 
-    Nothing that a manifest of an unfinished cell names is among them. An object counts as young as the youngest of its
-    commit. A manifest stands before its files, which is the order of removal.
+    Nothing that a manifest of an unfinished cell names is among them; probes and choices serve every study. An object
+    counts as young as the youngest of its commit. A manifest stands before its files, which is the order of removal.
 
     Returns:
         Each object with the reason; and one sentence for each cell whose records or manifests cannot be read, of which
@@ -78,7 +86,16 @@ def find_unnamed(store: Store) -> tuple[list[tuple[Entry, str]], list[str]]:
             found += [*_find_commits(store, cell, entries), *_find_items(store, cell, entries)]
         except DataMismatch as error:
             left.append(f"{cell} is left alone: {error}")
-    return found, left
+    return [*found, *_find_trials(store)], left
+
+
+def _find_trials(store: Store) -> Iterator[tuple[Entry, str]]:
+    """Yield what ``choices/<hash>/`` holds of a choice that is made: its record names every trial."""
+    entries = list(store.list("choices/"))
+    made = {entry.key for entry in entries if entry.key.count("/") == 1}
+    for entry in entries:
+        if f"{entry.key.rpartition('/')[0]}.json" in made:
+            yield entry, "a trial of a choice that is made"
 
 
 def _find_commits(store: Store, cell: str, entries: Sequence[Entry]) -> Iterator[tuple[Entry, str]]:

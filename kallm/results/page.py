@@ -3,9 +3,9 @@
 import html
 from collections.abc import Iterable, Sequence
 
-__all__ = ["escape", "make_page", "make_section", "make_table"]
+__all__ = ["COLOURS", "escape", "make_page", "make_section", "make_table"]
 
-_CSS = """
+COLOURS = """
 :root { color-scheme: light dark;
   --paper:#fdfcf9; --ink:#22211e; --faint:#6f6b63; --rule:#d9d4c8; --band:#eeeadf; --accent:#8a3b22;
   --c0:#7d7a73; --c1:#2f6690; --c2:#b5472b; --c3:#c28a1b; --c4:#3f7d58; --c5:#7a5195; --c6:#a0627a; --c7:#4d8f9c;
@@ -14,6 +14,10 @@ _CSS = """
   --paper:#191816; --ink:#e9e5dc; --faint:#a39d91; --rule:#3d3a34; --band:#292723; --accent:#e0906f;
   --c0:#a19d94; --c1:#7fb2da; --c2:#ec8465; --c3:#e3b455; --c4:#82c29b; --c5:#bd9bd6; --c6:#dc9db6; --c7:#85c6d2;
   --c8:#cbab82; --c9:#a6b86f; } }
+"""
+"""The colours of pages and figures, on light and on dark ground."""
+
+_CSS = """
 * { box-sizing:border-box; }
 html { -webkit-text-size-adjust:100%; }
 body { margin:0; background:var(--paper); color:var(--ink);
@@ -64,7 +68,9 @@ ul.contrasts small, .small { color:var(--faint); font-size:.8rem; line-height:1.
 ul.notes li { padding:.25rem 0 .25rem 1.2rem; text-indent:-1.2rem; }
 ul.notes li::before { content:"– "; color:var(--faint); }
 ul.hashes { overflow-wrap:anywhere; }
-details { margin-top:1rem; } summary { cursor:pointer; color:var(--accent); padding:.3rem 0; }
+details { margin-top:1rem; } details .figures { margin-top:1.2rem; }
+details p.small { margin:1.6rem 0 0; }
+summary { cursor:pointer; color:var(--accent); padding:.3rem 0; }
 code { font-size:.92em; font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace; }
 .state-failed,.state-diverged,.state-stale { color:var(--accent); font-weight:600; }
 footer { margin-top:4rem; border-top:1px solid var(--rule); padding-top:.8rem; }
@@ -87,7 +93,7 @@ def make_page(title: str, body: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{COLOURS}{_CSS.lstrip()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import matplotlib as mpl
 
-from kallm.results.digits import format_count, format_estimate
+from kallm.results.digits import format_estimate
 from kallm.results.drawing import (
     BAND,
     FAINT,
@@ -21,15 +21,17 @@ from kallm.results.drawing import (
     make_axes,
     write_names,
 )
-from kallm.results.record import TrainingRecord
-from kallm.results.schema import Column, Contrast, Row, Table
+from kallm.results.record import Items, TrainingRecord
+from kallm.results.schema import Column, Contrast, Table
 from kallm.results.statistics import find_wilson
 
 __all__ = [
     "plot_contrasts",
     "plot_curves",
+    "plot_memory",
     "plot_parameters",
     "plot_replies",
+    "plot_retained",
     "plot_scores",
     "plot_tasks",
     "plot_times",
@@ -121,28 +123,77 @@ def plot_curves(table: Table, trainings: Mapping[str, TrainingRecord]) -> str | 
     return finish(figure, "curves", describe("Training loss over optimiser steps, by variant", histories))
 
 
-@mpl.rc_context(STYLE)
 def plot_parameters(table: Table, column: Column) -> str | None:
     """Draw a score against the trainable parameters; names stand beside their dots."""
-    rows = [row for row in table.rows if row.trained and column.key in row.scores]
+    sizes = {row.variant: row.parameters.trainable / 1e6 for row in table.rows if row.trained}
+    return _plot_sizes(table, column, sizes, "parameters", "trainable parameters, millions")
+
+
+def plot_memory(table: Table, column: Column) -> str | None:
+    """Draw a score against the peak memory of a variant's training alone, on the hardware that measured most."""
+    counts = [
+        sum(probe.hardware == each.label for row in table.rows for probe in row.probes) for each in table.hardware
+    ]
+    if not counts:
+        return None
+    chosen = table.hardware[counts.index(max(counts))].label
+    probes = [(row, probe) for row in table.rows for probe in row.probes if probe.hardware == chosen and row.trained]
+    sizes = {row.variant: probe.peak_bytes / 2**30 for row, probe in probes}
+    return _plot_sizes(table, column, sizes, "memory", "peak memory of training alone, GiB")
+
+
+@mpl.rc_context(STYLE)
+def _plot_sizes(table: Table, column: Column, sizes: Mapping[str, float], name: str, label: str) -> str | None:
+    rows = [row for row in table.rows if row.variant in sizes and column.key in row.scores]
     if not rows:
         return None
     scale = 100.0 if column.percent else 1.0
     figure, axes = make_axes(11, listed=False)
-    points = [(row.parameters.trainable / 1e6, scale * row.scores[column.key].mean, row.variant) for row in rows]
-    for row, (x, y, name) in zip(rows, points, strict=True):
-        colour, half = find_colour(table, name), row.scores[column.key].half
+    points = [(sizes[row.variant], scale * row.scores[column.key].mean, row.variant) for row in rows]
+    for row, (x, y, variant) in zip(rows, points, strict=True):
+        colour, half = find_colour(table, variant), row.scores[column.key].half
         if half:
             axes.plot([x, x], [y - scale * half, y + scale * half], color=colour, linewidth=1, alpha=0.7)
-        axes.plot([x], [y], find_marker(table, name), color=colour, markersize=5.5)
+        axes.plot([x], [y], find_marker(table, variant), color=colour, markersize=5.5)
     axes.margins(x=0.08, y=0.1)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.36 * (high - low))
-    write_names(axes, points, [find_colour(table, name) for _, _, name in points])
-    axes.set_xlabel("trainable parameters, millions")
+    write_names(axes, points, [find_colour(table, variant) for _, _, variant in points])
+    axes.set_xlabel(label)
     axes.set_ylabel(f"{column.title}, {column.unit}" if column.unit else column.title)
-    told = (_tell_point(row, column) for row in rows)
-    return finish(figure, "parameters", describe(f"{column.title} against trainable parameters", told))
+    told = (
+        f"{row.variant} {x:.4g}, {format_estimate(row.scores[column.key], column)}"
+        for row, (x, _, _) in zip(rows, points, strict=True)
+    )
+    return finish(figure, name, describe(f"{column.title} against {label}", told))
+
+
+@mpl.rc_context(STYLE)
+def plot_retained(table: Table, column: Column, conversations: Mapping[str, Items]) -> str | None:
+    """Draw the divergence from the original model: a stroke for each conversation (mean over seeds), a dot for all.
+
+    Args:
+        table: has the means.
+        column: the divergence.
+        conversations: by cell id, with ``id``, ``kl`` and ``tokens``.
+    """
+    rows = [row for row in table.rows if column.key in row.scores]
+    if not rows:
+        return None
+    figure, axes = make_axes(len(rows))
+    for place, row in enumerate(rows):
+        colour, found = find_colour(table, row.variant), row.scores[column.key]
+        members = [
+            conversations[cell.id] for cell in table.cells if cell.variant == row.variant and cell.id in conversations
+        ]
+        means = [sum(item["kl"] / item["tokens"] for item in each) / len(each) for each in zip(*members, strict=True)]
+        axes.plot(means, [place] * len(means), "|", color=colour, markersize=9, markeredgewidth=0.8, alpha=0.55)
+        axes.plot([found.mean], [place], "o", color=colour, markersize=5.5)
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # a dot at zero is whole
+    axes.set_yticks(range(len(rows)), [row.variant for row in rows])
+    axes.set_xlabel("KL to the original model, nats/token")
+    told = (f"{row.variant} {format_estimate(row.scores[column.key], column)}" for row in rows)
+    return finish(figure, "retained", describe("Divergence from the original model on held-out text", told))
 
 
 @mpl.rc_context(STYLE)
@@ -217,8 +268,3 @@ def _choose_contrasts(table: Table) -> list[Contrast]:
     untrained = {row.variant for row in table.rows if not row.trained}
     known = [each for each in table.contrasts if each.role != "secondary" and each.difference is not None]
     return [each for each in known if each.role == "declared" or not {each.left, each.right} & untrained]
-
-
-def _tell_point(row: Row, column: Column) -> str:
-    score = format_estimate(row.scores[column.key], column)
-    return f"{row.variant} {format_count(row.parameters.trainable)}, {score}"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kallm.errors import DataMismatch
 from kallm.evaluate.score import Score
@@ -18,13 +18,16 @@ from kallm.store.store import Store
 
 __all__ = [
     "CellEntry",
+    "ChoiceRecord",
     "EvaluationRecord",
     "Items",
     "Parameters",
     "StudyDocument",
     "SuiteEntry",
     "TrainingRecord",
+    "Trial",
     "cell_key",
+    "choice_key",
     "evaluation_key",
     "parse_record",
     "read_items",
@@ -62,6 +65,10 @@ class CellEntry(_Frozen):
     parameters: Parameters
     tokens: int
     steps: int
+    probe: str | None = None
+    """Hash of what ``kallm probe`` measures of the variant alone; None for a cell that is not trained."""
+    choice: str | None = None
+    """Hash of the choice among the learning rates of ``train.lr``; None where there is nothing to choose."""
 
 
 class SuiteEntry(_Frozen):
@@ -109,7 +116,44 @@ class TrainingRecord(_Frozen):
     attempts: int
     shared: bool
     """Whether the trunk was shared with other cells of the process: then time and memory are not this cell's own."""
+    lr: float | None = None
+    """Peak learning rate."""
+    choice: str | None = None
+    """Key of the choice that the learning rate is from; None where the recipe names one rate."""
     receipt: dict[str, Any]
+
+
+class Trial(_Frozen):
+    """A short training at one learning rate."""
+
+    lr: float
+    nats: float | None
+    """Mean cross-entropy per token on the validation split; None where it diverged."""
+    cause: str | None = None
+    """Of the divergence."""
+    steps: int
+    tokens: int
+
+
+class ChoiceRecord(_Frozen):
+    """``choices/<hash>.json``: which of the recipe's learning rates a variant takes, for all its seeds, and why."""
+
+    format: Literal[1] = 1
+    choice: str
+    lr: float | None
+    """Of the trial with the lowest cross-entropy, the lower one of equals; None where every trial diverged."""
+    trials: list[Trial]
+    """By learning rate, ascending."""
+    validation: dict[str, int]
+    """How much the trials were judged on: ``{"conversations": …, "tokens": …}``; they trained on none of it."""
+    receipt: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _is_the_best(self) -> "ChoiceRecord":
+        judged = [(trial.nats, trial.lr) for trial in self.trials if trial.nats is not None]
+        if self.lr != (min(judged)[1] if judged else None):
+            raise ValueError(f"lr is {self.lr}, which is not that of the best trial")
+        return self
 
 
 class EvaluationRecord(_Frozen):
@@ -131,7 +175,7 @@ class EvaluationRecord(_Frozen):
 
 
 Items = list[dict[str, Any]]
-_Record = TypeVar("_Record", bound=_Frozen)
+_Record = TypeVar("_Record", bound=BaseModel)
 _Note = TypeVar("_Note", bound=BaseModel)
 
 
@@ -148,6 +192,11 @@ def study_key(name: str, study_hash: str, *parts: str) -> str:
 def evaluation_key(cell: str, suite_id: str) -> str:
     """Return the key of a cell's evaluation record under a suite."""
     return cell_key(cell, "evaluations", f"{suite_id}.json")
+
+
+def choice_key(choice: str) -> str:
+    """Return the key of a choice among learning rates, by its hash."""
+    return f"choices/{choice}.json"
 
 
 def parse_record(kind: type[_Record], data: bytes, key: str) -> _Record:

@@ -1,10 +1,13 @@
 """The report of a study: one self-contained HTML page, drawn from the table and the training records."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import groupby
 
 from kallm.results.digits import format_bytes, format_count, format_estimate, format_score
+from kallm.results.figures import Sources, make_figures, make_learned
+from kallm.results.learned import read_suite_items
 from kallm.results.page import escape, make_page, make_section, make_table
+from kallm.results.reach import Reach, find_reach
 from kallm.results.record import StudyDocument, TrainingRecord, cell_key, read_record, study_key
 from kallm.results.render import COSTS, NOTHING, tell_seeds
 from kallm.results.schema import Cell, Column, Contrast, Row, Table
@@ -21,9 +24,13 @@ def write_report(store: Store, document: StudyDocument, table: Table) -> str:
         for cell in table.cells
         if cell_key(cell.id, "trained.json") in cell.records
     }
-    trainings = {cell: record for cell, record in found.items() if record is not None}
+    sources = Sources(
+        trainings={cell: record for cell, record in found.items() if record is not None},
+        layers=read_suite_items(store, document, table, "edges"),
+        conversations=read_suite_items(store, document, table, "retained"),
+    )
     key = study_key(document.name, document.hash, "report.html")
-    put_changed(store, key, render_report(document, table, trainings).encode())
+    put_changed(store, key, render_report(document, table, sources).encode())
     return key
 
 
@@ -39,14 +46,16 @@ def write_results(store: Store, document: StudyDocument) -> tuple[Table, list[st
     return table, changed
 
 
-def render_report(document: StudyDocument, table: Table, trainings: Mapping[str, TrainingRecord]) -> str:
+def render_report(document: StudyDocument, table: Table, sources: Sources) -> str:
     """Return the page: verdict, table, contrasts, figures, notes and receipts. A pure function of its arguments."""
     body = [
         _make_head(document, table),
         make_section("Scores", _make_scores(table), _make_footnote(table)),
         make_section("Contrasts", *_make_contrasts(table)),
         make_section("Parameters, time and memory", _make_costs(table), _make_cost_note(table)),
-        make_section("Figures", _make_figures(table, trainings)),
+        make_section("Figures", make_figures(table, sources)),
+        make_section("Tokens to reach a loss", *_make_reach(find_reach(table, sources.trainings))),
+        make_section("What the edges learned", *make_learned(table, sources)),
         make_section("Notes", _make_list("notes", (escape(note) for note in table.notes))),
         make_section("Cells and receipts", _make_cells(table), _make_receipts(table)),
         f'<footer class="small">KALLM · study {escape(table.name)} · <code>{escape(table.hash)}</code></footer>',
@@ -130,8 +139,10 @@ def _make_footnote(table: Table) -> str:
 
 
 def _make_cost_note(table: Table) -> str:
-    text = "† trunk shared with other cells, so not this cell's own time and memory."
-    return f'<p class="small">{escape(text)}</p>' if any(row.shared for row in table.rows) else ""
+    notes = [f"{each.label}: alone on {each.name}." for each in table.hardware]
+    if any(row.shared for row in table.rows):
+        notes.append("† trunk shared with other cells, so not this cell's own time and memory.")
+    return f'<p class="small">{escape(" ".join(notes))}</p>' if notes else ""
 
 
 def _make_contrasts(table: Table) -> Iterable[str]:
@@ -165,34 +176,29 @@ def _tell_p(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
-def _make_figures(table: Table, trainings: Mapping[str, TrainingRecord]) -> str:
-    """Draw every figure that has something to show; matplotlib is imported only here, for it is slow to start."""
-    from kallm.results import plots
-
-    leads = [column for column in table.columns if column.lead and column.score != "parse_failures"]
-    drawn = [
-        (
-            "Paired differences",
-            "band: declared margin; filled: distinguished or equivalent",
-            plots.plot_contrasts(table),
-        )
-    ]
-    strokes = "dot: mean, line: 95 % interval, strokes: seeds"
-    drawn += [(f"{column.suite}, {column.title}", strokes, plots.plot_scores(table, column)) for column in leads]
-    drawn += (
-        [(f"{leads[0].title} by size", "trainable parameters", plots.plot_parameters(table, leads[0]))] if leads else []
+def _make_reach(reach: Reach | None) -> Iterable[str]:
+    if reach is None:
+        return
+    levels = [f"{level:.{reach.decimals}f}" for level in reach.levels]
+    head = '<th scope="col">variant</th>' + "".join(f'<th scope="col">{level}</th>' for level in levels)
+    rows = []
+    for variant, found in reach.tokens.items():
+        cells = "".join(f"<td>{_tell_reach(*each, reach.seeds[variant])}</td>" for each in found)
+        rows.append(f'<tr><th scope="row">{escape(variant)}</th>{cells}</tr>')
+    yield make_table("tokens to reach a training loss, by variant", [head], rows)
+    note = (
+        "Tokens trained on until the training loss, in nats per token and smoothed over a twentieth of the training, "
+        "first comes down to each level; mean over the seeds that reach it. The levels are where "
+        f"{reach.leader}, which ends lowest, stands after 10, 25, 50, 75 and 100 % of its training."
     )
-    drawn.append(("Learning curves", "thin: seeds, thick: their mean", plots.plot_curves(table, trainings)))
-    for suite in sorted({suite for row in table.rows for suite in row.replies}):
-        drawn.append((f"{suite}, unreadable replies", "mean over seeds", plots.plot_replies(table, suite)))
-    drawn.append(("Time per cell", "training alone", plots.plot_times(table)))
-    drawn += [(f"{column.suite}, task by task", column.title, plots.plot_tasks(table, column)) for column in leads]
-    figures = [
-        f"<figure><figcaption><b>{escape(title)}</b> <span>{escape(hint)}</span></figcaption>\n{svg}</figure>"
-        for title, hint, svg in drawn
-        if svg
-    ]
-    return f'<div class="figures">\n{chr(10).join(figures)}\n</div>' if figures else ""
+    yield f'<p class="small">{escape(note)}</p>'
+
+
+def _tell_reach(tokens: float | None, reached: int, seeds: int) -> str:
+    if tokens is None:
+        return "<i>not reached</i>"
+    some = f" <i>{reached} of {seeds} seeds</i>" if reached < seeds else ""
+    return format_count(round(tokens)) + some
 
 
 def _make_list(kind: str, entries: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from kallm.results.alone import find_rate, make_choice, make_probes
 from kallm.results.evidence import Evidence, name_suite
 from kallm.results.record import CellEntry, EvaluationRecord, SuiteEntry
 from kallm.results.schema import Column, Estimate, Reference, Row
@@ -18,11 +19,16 @@ _TITLES = {
     "acc": "accuracy",
     "acc_norm": "accuracy, normalised",
     "parse_failures": "parse failures",
+    "kl": "KL to the original",
+    "kl_spread": "KL, spread",
+    "lines": "straight lines",
+    "strongest_1": "strongest 1 %",
+    "strongest_10": "strongest 10 %",
 }
-_LOWER = ("cross_entropy", "perplexity", "bits_per_byte", "parse_failures")
+_LOWER = ("cross_entropy", "perplexity", "bits_per_byte", "parse_failures", "kl")
 _HIGHER = ("acc", "acc_norm")
 _SHARES = ("acc", "acc_norm", "parse_failures")
-_NARROW = ("cross_entropy", "acc", "parse_failures")
+_NARROW = ("cross_entropy", "acc", "parse_failures", "kl")
 _ORDER = {name: rank for rank, name in enumerate(_TITLES)}
 _REFERENCE_SCORES = {"acc", "acc_norm"}
 
@@ -106,7 +112,6 @@ def _make_row(evidence: Evidence, variant: str, columns: list[Column], done: set
             replies[name] = {s: sum(each.replies[s] for each in found) / len(found) for s in found[0].replies}
     order = [column.key for column in columns if column.key in scores]
     seconds: _Values = [(seed, record.seconds) for seed, record in finished]
-    speeds = [record.tokens_per_s for _, record in finished]
     return Row(
         variant=variant,
         trained=cells[0].trained,
@@ -116,9 +121,10 @@ def _make_row(evidence: Evidence, variant: str, columns: list[Column], done: set
         tokens=cells[0].tokens,
         steps=cells[0].steps,
         seconds=estimate(seconds) if seconds else None,
-        tokens_per_s=sum(speeds) / len(speeds) if speeds else None,
-        peak_bytes=max((record.peak_bytes for _, record in finished), default=None),
         shared=any(record.shared for _, record in finished),
+        lr=find_rate(evidence, cells[0]),
+        choice=make_choice(evidence, cells[0].choice),
+        probes=make_probes(evidence, cells[0].probe),
         scores={key: scores[key] for key in order},
         tasks=tasks,
         replies=replies,

@@ -8,7 +8,20 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from kallm.results.record import Parameters
 
-__all__ = ["Cell", "CellState", "Column", "Contrast", "Estimate", "Reference", "Row", "Table"]
+__all__ = [
+    "Cell",
+    "CellState",
+    "Choice",
+    "Column",
+    "Contrast",
+    "Counted",
+    "Estimate",
+    "Hardware",
+    "Probe",
+    "Reference",
+    "Row",
+    "Table",
+]
 
 CellState = Literal["done", "evaluating", "running", "stale", "failed", "diverged", "trained", "missing"]
 SIGNIFICANT = 9
@@ -60,6 +73,71 @@ class Estimate(_Frozen):
     """Standard error from the choice of items; all variants share it, so contrasts are surer than it says."""
 
 
+class Hardware(_Frozen):
+    """What variants were measured alone on; ``label`` is a letter that stands for it in the table."""
+
+    label: str
+    hash: str
+    device: str
+    processor: str | None
+    num_threads: int | None
+    torch: str | None
+
+    @property
+    def name(self) -> str:
+        """The hardware in words."""
+        on = self.device if self.device != "cpu" or self.processor is None else self.processor
+        threads = "" if self.num_threads is None else f", {self.num_threads} thread{'s'[: self.num_threads > 1]}"
+        return f"{on}{threads if self.device == 'cpu' else ''}, torch {self.torch or 'unknown'}"
+
+
+class Counted(_Frozen):
+    """Bytes that follow from sizes alone."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+
+class Probe(_Frozen):
+    """What a variant takes alone on one hardware, and its receipt."""
+
+    hardware: str
+    """Its letter."""
+    rows: int
+    length: int
+    tokens_per_s: float
+    step_s: list[float]
+    peak_bytes: int
+    reserved_bytes: int | None
+    saved_bytes: int
+    """What autograd keeps of one forward pass."""
+    counted: Counted
+    record: str
+    """Key of the record."""
+    sha256: str
+    commit: str | None
+    dirty: bool | None
+    image: str | None
+
+
+class Choice(_Frozen):
+    """Which learning rate a variant took, and its receipt."""
+
+    lr: float | None
+    """None where every trial diverged."""
+    trials: list[tuple[float, float | None]]
+    """Learning rate, and nats per token on the validation split; None where the trial diverged."""
+    tokens: int
+    """Of the validation split."""
+    record: str
+    sha256: str
+    commit: str | None
+    dirty: bool | None
+
+
 class Row(_Frozen):
     """One variant."""
 
@@ -71,10 +149,13 @@ class Row(_Frozen):
     tokens: int
     steps: int
     seconds: Estimate | None
-    tokens_per_s: float | None
-    peak_bytes: int | None
     shared: bool
-    """Whether any of its cells shared the trunk with others: then time and memory are not its own."""
+    """Whether any of its cells shared the trunk with others: then their time is not their own."""
+    lr: float | None
+    """Peak learning rate; None where nothing trains, or where it is yet to be chosen."""
+    choice: Choice | None
+    probes: list[Probe]
+    """One for each hardware that the variant was measured alone on; memory and speed are theirs, never a cell's."""
     scores: dict[str, Estimate]
     tasks: dict[str, dict[str, Estimate]]
     """Column, then task."""
@@ -149,6 +230,8 @@ class Table(_Frozen):
     hash: str
     headline: str
     columns: list[Column]
+    hardware: list[Hardware]
+    """What the probes of the rows were measured on."""
     rows: list[Row]
     references: list[Reference]
     contrasts: list[Contrast]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from kallm.results.alone import describe_alone, describe_choices, make_hardware
 from kallm.results.contrasts import make_contrasts
 from kallm.results.evidence import Evidence, gather_evidence, name_suite
 from kallm.results.record import CellEntry, EvaluationRecord, StudyDocument, cell_key, evaluation_key, study_key
@@ -29,16 +30,23 @@ def build_table(store: Store, document: StudyDocument) -> Table:
     cells = [_make_cell(evidence, entry, status) for entry, status in zip(document.cells, statuses, strict=True)]
     rows = make_rows(evidence, columns, done={cell.id for cell in cells if cell.state == "done"})
     contrasts = make_contrasts(evidence)
+    hardware = make_hardware(evidence)
     return Table(
         name=document.name,
         hash=document.hash,
         headline=_make_headline(cells, contrasts),
         columns=columns,
+        hardware=hardware,
         rows=rows,
         references=make_references(evidence),
         contrasts=contrasts,
         cells=cells,
-        notes=[*document.notes, *_make_notes(rows, cells, contrasts)],
+        notes=[
+            *document.notes,
+            *_make_notes(rows, cells, contrasts),
+            *describe_choices(rows),
+            *describe_alone(document.name, hardware, rows),
+        ],
     )
 
 
@@ -130,8 +138,6 @@ def _make_notes(rows: list[Row], cells: list[Cell], contrasts: list[Contrast]) -
         notes.append("Secondary and exploratory contrasts are judged by Holm's adjusted p; their ± is not adjusted.")
     if any(row.trained and row.seeds_done == 1 for row in rows):
         notes.append("A variant with one seed done has no interval, and its contrasts distinguish nothing.")
-    if any(row.shared for row in rows):
-        notes.append("† trunk shared with other cells of the process: time and memory are not this cell's own.")
     open_cells = [cell for cell in cells if cell.state not in ("done", "diverged")]
     if open_cells:
         notes.append(f"Not final: {len(open_cells)} of {len(cells)} cells are not done.")

@@ -16,10 +16,12 @@ from pydantic import ValidationError
 
 from kallm.errors import DataMismatch
 from kallm.results.record import (
+    ChoiceRecord,
     EvaluationRecord,
     StudyDocument,
     TrainingRecord,
     cell_key,
+    choice_key,
     evaluation_key,
     parse_record,
     study_key,
@@ -30,6 +32,7 @@ from kallm.results.table import build_table
 from kallm.store.commit import Manifest, fetch, list_manifests, manifest_key, read_manifest
 from kallm.store.sealed import short_hash, unseal
 from kallm.store.store import Store, is_key
+from kallm.train.probe import ProbeRecord, probe_prefix
 
 __all__ = ["verify_study"]
 
@@ -55,19 +58,20 @@ def verify_study(
     elif store.get(key) is None:
         reading.tell(key, "is missing")
     table = reading.read_table(study_key(document.name, document.hash, "table.json"))
-    told = {name: sha256 for cell in table.cells for name, sha256 in cell.records.items()} if table else {}
+    told = _list_named(table) if table else {}
     for name in sorted(told):
         if not is_key(name) or store.get(name) is None:
             reading.tell(name, "is missing, but table.json names it")
     for entry in document.cells:
         reading.verify_cell(document, entry.id, told)
         after_cell()
+    reading.verify_shared(document, told)
     if not reading.differences:
         reading.differences += _compare_tables(store, document)
     return reading.differences, reading.num_objects
 
 
-_Kind = TypeVar("_Kind", StudyDocument, TrainingRecord, EvaluationRecord)
+_Kind = TypeVar("_Kind", StudyDocument, TrainingRecord, EvaluationRecord, ChoiceRecord, ProbeRecord)
 
 
 class _Reading:
@@ -142,6 +146,19 @@ class _Reading:
             if self.store.get(manifest_key(prefix)) is not None:  # else the cell has gone on and let go of it
                 self.differences += found
 
+    def verify_shared(self, document: StudyDocument, told: dict[str, str]) -> None:
+        """Read what cells of many studies share: the choices of learning rates, and the probes."""
+        for choice in sorted({entry.choice for entry in document.cells if entry.choice is not None}):
+            key = choice_key(choice)
+            chosen = self.read(ChoiceRecord, key, told.get(key))
+            if chosen is not None and chosen.choice != choice:
+                self.tell(key, f"is the record of choice {chosen.choice}")
+        for request in sorted({entry.probe for entry in document.cells if entry.probe is not None}):
+            for entry in self.store.list(probe_prefix(request)):
+                probe = self.read(ProbeRecord, entry.key, told.get(entry.key))
+                if probe is not None and probe.request != request:
+                    self.tell(entry.key, f"is the record of request {probe.request}")
+
     def _verify_weights(self, record: TrainingRecord, key: str) -> None:
         prefix, sha256 = record.weights.get("manifest", ""), record.weights.get("sha256")
         if not is_key(prefix):
@@ -184,6 +201,15 @@ class _Reading:
                 yield f"{key}: {str(error).removeprefix(f'{self.store.address}/{key} ')}"
             else:
                 self.num_objects += 1
+
+
+def _list_named(table: Table) -> dict[str, str]:
+    """Return the key and SHA-256 of every record that a table names."""
+    named = {key: sha256 for cell in table.cells for key, sha256 in cell.records.items()}
+    for row in table.rows:
+        named |= {probe.record: probe.sha256 for probe in row.probes}
+        named |= {row.choice.record: row.choice.sha256} if row.choice else {}
+    return named
 
 
 def _check_study(stored: StudyDocument, document: StudyDocument, key: str) -> Iterator[str]:

@@ -22,12 +22,13 @@ from kallm.results.record import (
 from kallm.run.attempt import Attempt
 from kallm.run.finished import is_finished
 from kallm.run.materials import Materials
+from kallm.run.rates import choose_rate
 from kallm.run.trail import StoreClock, Trail
 from kallm.run.training import Training, load_trained, receipt_of
 from kallm.store.store import Store
 from kallm.study.plan import Cell
 
-__all__ = ["run_cell"]
+__all__ = ["begin_training", "run_cell"]
 
 
 def run_cell(
@@ -90,22 +91,46 @@ def _trained_tail(
     shared: bool,
 ) -> tuple[Tail, str]:
     """Return the cell's tail, trained here or before, and the hash of its weights."""
+    record = read_record(store, TrainingRecord, cell_key(cell.id, "trained.json"))
+    if cell.variant.trained and record is None:
+        materials.workers.tell((cell.id, materials.sharing))
+        training = begin_training(cell, store, materials, reporter, stop, attempt)
+        record = training.run(shared=shared)
+        return training.tail.requires_grad_(False), record.weights["sha256"]
     attempt.heartbeat.phase = "load"
     tail = materials.new_tail()
-    if not cell.variant.trained:
+    if record is None:
         return tail.requires_grad_(False), materials.plan.model.identity
-    assert cell.seed is not None
-    attempt.heartbeat.phase = "trunk"
-    record = read_record(store, TrainingRecord, cell_key(cell.id, "trained.json"))
-    report = _start(cell, tail, materials, reporter, stop, fitted=record is None)
+    _start(cell, tail, materials, reporter, stop, fitted=False)
     stop()
     freeze(tail, materials.plan.study.trainable)
-    if record is None:
-        reporter.say(f"{cell.label}: {report.summary}")
-        record = Training(cell, tail, store, materials, reporter, stop, attempt).run(shared=shared)
-    else:
-        load_trained(store, record, tail)
+    load_trained(store, record, tail)
     return tail.requires_grad_(False), record.weights["sha256"]
+
+
+def begin_training(
+    cell: Cell, store: Store, materials: Materials, reporter: Reporter, stop: Stop, attempt: Attempt
+) -> Training:
+    """Give a cell that is not trained its tail with fresh FFNs, ready to be trained.
+
+    Raises:
+        Diverged: of a grid of learning rates, every one did; the record says so.
+        Preempted: a stop was requested while one was chosen.
+    """
+
+    def count() -> None:
+        attempt.commits += 1
+
+    attempt.heartbeat.phase = "learning rate"
+    lr = choose_rate(cell, store, materials, reporter, stop, after_trial=count)
+    attempt.heartbeat.phase = "load"
+    tail = materials.new_tail()
+    attempt.heartbeat.phase = "trunk"
+    report = _start(cell, tail, materials, reporter, stop, fitted=True)
+    stop()
+    freeze(tail, materials.plan.study.trainable)
+    reporter.say(f"{cell.label}: {report.summary}")
+    return Training(cell, tail, store, materials, reporter, stop, attempt, lr=lr)
 
 
 def _start(cell: Cell, tail: Tail, materials: Materials, reporter: Reporter, stop: Stop, *, fitted: bool) -> Report:

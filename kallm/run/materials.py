@@ -1,10 +1,11 @@
 """What all cells of a study share in one process: model, tokenizer, packed corpus, trunk, prepared suites."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,16 +16,21 @@ from kallm.data.packing import IGNORED, Row, encode, pack
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.lookup import find_suite
 from kallm.evaluate.suites import Context, Prepared
+from kallm.model.cache import FREE_SHARE, HiddenCache, TrunkPass, free_disk_bytes, kept_bytes
 from kallm.model.fit import CalibrationRow
 from kallm.model.sources import cache_folder, load_model, load_tokenizer
 from kallm.model.start import record_ffn_inputs
-from kallm.model.trunk import HiddenCache, Tail, Trunk, split
+from kallm.model.trunk import Tail, Trunk, split
 from kallm.progress import Reporter
-from kallm.study.plan import CALIBRATION_TOKENS, Plan
+from kallm.run.sharing import Room, Sharing, choose_sharing, work_of
+from kallm.study.plan import CALIBRATION_TOKENS, Cell, Plan
+from kallm.train.workers import Workers
 
 __all__ = ["Materials"]
 
 _CALIBRATION_ROWS = 4
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container what memory it may take."""
 
 
 class Materials:
@@ -32,12 +38,42 @@ class Materials:
 
     def __init__(self, plan: Plan, reporter: Reporter, stop: Callable[[], None]) -> None:
         self.plan, self.reporter, self.stop = plan, reporter, stop
+        self.workers = Workers()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.sharing: Sharing | None = None
+        """How the cells share the trunk, once ``share`` has decided."""
         self._prepared: dict[str, Prepared] = {}
 
     def autocast(self) -> torch.autocast:
-        """Return the context that every forward pass of the study runs in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.study.train.precision == "bf16")
+        """Return the context that every forward pass of the study runs in.
+
+        It holds no narrow copies of the weights: those would outlive the optimiser's steps, for it is left at the end.
+        """
+        low = self.plan.study.train.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+
+    def share(self, cells: Sequence[Cell], *, disk: bool = True) -> Sharing:
+        """Decide how cells that are to be trained share the trunk, and say why.
+
+        Args:
+            cells: those that are not trained yet.
+            disk: whether a cache is an option.
+        """
+        passages, (trunk, _) = [row.passage for row in self.rows], self._halves
+        bound_gb = self.plan.study.train.cache_gb
+        self._sharers = cells
+        self.sharing = choose_sharing(
+            work_of(self.plan, cells, num_rows=len(passages), trunk_blocks=trunk.cut),
+            Room(
+                disk_bytes=int(FREE_SHARE * free_disk_bytes(self._folder)) if disk else 0,
+                kept_bytes=kept_bytes(trunk, passages, self._folder, self._model_name) if disk else 0,
+                bound_bytes=None if bound_gb is None else int(bound_gb * 1e9),
+                memory_bytes=_free_memory_bytes(self.device),
+                folder=str(self._folder),
+            ),
+        )
+        self.reporter.say(self.sharing.why)
+        return self.sharing
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -63,7 +99,10 @@ class Materials:
 
     @cached_property
     def _halves(self) -> tuple[Trunk, Tail]:
-        return split(self.model, self.plan.num_tail_blocks)
+        trunk, tail = split(self.model, self.plan.num_tail_blocks, head=self.plan.study.head)
+        if trunk.note:
+            self.reporter.say(trunk.note)
+        return trunk, tail
 
     def new_tail(self) -> Tail:
         """Return a fresh copy of the pretrained tail."""
@@ -100,19 +139,32 @@ class Materials:
         self.reporter.say(f"corpus: {len(rows)} rows of {recipe.length} tokens, {supervised:,} supervised")
         return rows
 
+    @property
+    def hidden(self) -> HiddenCache | TrunkPass:
+        """The trunk's output for every row: kept for all cells and epochs, or computed when it is read."""
+        if self.sharing is None or not self.sharing.cached:
+            return self.trunk_pass
+        if self._fill():
+            return self._cache
+        self.share(self._sharers, disk=False)
+        return self.trunk_pass
+
     @cached_property
-    def train_hidden(self) -> HiddenCache:
-        """The trunk's output for every row: run once, then shared by all cells."""
-        return self._filled(
-            "trunk on the corpus",
-            HiddenCache(self._halves[0], [row.passage for row in self.rows], self._folder, self._model_name),
-        )
+    def trunk_pass(self) -> TrunkPass:
+        """The trunk's output for every row, computed when it is read."""
+        return TrunkPass(self._halves[0], [row.passage for row in self.rows])
+
+    @cached_property
+    def _cache(self) -> HiddenCache:
+        passages = [row.passage for row in self.rows]
+        return HiddenCache(self._halves[0], passages, self._folder, self._model_name, say=self.reporter.say)
 
     @cached_property
     def ffn_inputs(self) -> list[Float[Tensor, "N D"]]:
         """What the pretrained tail's FFNs read on the first rows of the corpus: fresh FFNs are calibrated on it."""
         first = range(min(_CALIBRATION_ROWS, len(self.rows)))
-        batch = [(self.train_hidden[index], self.rows[index].passage.position_ids) for index in first]
+        hidden = self.hidden
+        batch = [(hidden[index], self.rows[index].passage.position_ids) for index in first]
         return record_ffn_inputs(self._halves[1], batch)
 
     @cached_property
@@ -120,8 +172,9 @@ class Materials:
         """Rows for ``start: fitted``, evenly spread over the corpus: its first ones hold the longest conversations."""
         count = min(-(-CALIBRATION_TOKENS // self.plan.study.train.length), len(self.rows))
         chosen = [index * len(self.rows) // count for index in range(count)]
+        hidden = self.hidden
         return [
-            CalibrationRow(self.train_hidden[i], self.rows[i].passage.position_ids, self.rows[i].targets != IGNORED)
+            CalibrationRow(hidden[i], self.rows[i].passage.position_ids, self.rows[i].targets != IGNORED)
             for i in chosen
         ]
 
@@ -150,12 +203,28 @@ class Materials:
         precision = self.plan.study.train.precision
         return f"{self.plan.model.identity} {precision} {self.device.type} {torch.get_num_threads()}"
 
-    def _filled(self, name: str, cache: HiddenCache) -> HiddenCache:
-        if cache.num_missing():
-            sizes = [len(passage.input_ids) for passage in cache.passages]
-            with self.reporter.track(name, sum(sizes), "tok") as tracker, self.autocast():
+    def _fill(self) -> bool:
+        """Run the trunk over what the corpus's cache misses; return whether the disk had room for all of it."""
+        if self._cache.num_missing() and self._cache.is_kept:
+            sizes = [len(passage.input_ids) for passage in self._cache.passages]
+            with self.reporter.track("trunk on the corpus", sum(sizes), "tok") as tracker, self.autocast():
                 for index, size in enumerate(sizes):
                     self.stop()
-                    cache[index]
+                    self._cache[index]
+                    if not self._cache.is_kept:
+                        break
                     tracker.advance(size)
-        return cache
+        return self._cache.is_kept
+
+
+def _free_memory_bytes(device: torch.device) -> int:
+    """Return what is free on the GPU, or of this machine's memory and of what its container may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = int(psutil.virtual_memory().available)
+    limit = _CGROUP / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        told = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used = int((_CGROUP / "memory.current").read_text()) - int(told.get("inactive_file", 0))
+        free = min(free, int(limit.read_text()) - used)
+    return max(0, free)

@@ -78,7 +78,7 @@ def open_trained(plan: Plan, cell: Cell, store: Store) -> Iterator[TrainedCell]:
 
 def _tail(plan: Plan, cell: Cell, model: PreTrainedModel) -> Tail:
     """Return a tail of the cell's form; all that trained in it comes from the store."""
-    tail = split(model, plan.num_tail_blocks)[1]
-    retrofit_(tail, RetrofitConfig(ffn=cell.variant.spec, layers="all"))
+    tail = split(model, plan.num_tail_blocks, head=plan.study.head)[1]
+    retrofit_(tail, RetrofitConfig(ffn=cell.variant.spec, layers=tail.layers))
     freeze(tail, plan.study.trainable)
     return tail.eval()

@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import resource
-import sys
+import random
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from kallm.model.sources import cache_folder
 from kallm.model.trunk import Tail
 from kallm.progress import Reporter, Stop
 from kallm.receipt import make_receipt
-from kallm.results.record import TrainingRecord, cell_key, read_record
+from kallm.results.record import TrainingRecord, cell_key, choice_key, read_record
 from kallm.run.attempt import Attempt
 from kallm.run.background import Background
 from kallm.run.materials import Materials
@@ -25,6 +24,7 @@ from kallm.study.plan import Cell, Plan
 from kallm.train.attention import training_attention
 from kallm.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights, take_snapshot
 from kallm.train.loop import Hidden, Progress, Trainer, make_optimizer
+from kallm.train.measurement import peak_resident
 from kallm.train.reporting import Reports
 from kallm.train.workers import Workers
 
@@ -50,11 +50,13 @@ class Training:
         reporter: Reporter,
         stop: Stop,
         attempt: Attempt,
+        *,
+        lr: float,
     ) -> None:
         assert cell.seed is not None
         self.cell, self.seed, self.tail, self.store = cell, cell.seed, tail, store
         self.materials, self.reporter, self.stop, self.attempt = materials, reporter, stop, attempt
-        self.recipe = materials.plan.study.train
+        self.recipe = materials.plan.study.train.at(lr)
         self.optimizer = make_optimizer(tail, self.recipe)
         self.workers = Workers()
         self.metrics: list[str] = []
@@ -66,26 +68,31 @@ class Training:
             Preempted: a stop was requested; a checkpoint of this step is committed.
             Diverged: training left the numbers; the record says so.
         """
-        with self.opened(self.materials.train_hidden):
+        with self.opened(self.materials.hidden):
             while not self.trainer.is_done:
                 self.advance(shared=shared)
         return self.complete(shared=shared)
 
     @contextlib.contextmanager
-    def opened(self, hidden: Hidden) -> Iterator[None]:
+    def opened(self, hidden: Hidden, background: Background | None = None) -> Iterator[None]:
         """Restore the newest good checkpoint and be ready to advance; a stop inside saves this cell, and goes on out.
 
         Args:
             hidden: the trunk's output by row.
+            background: commits the checkpoints; one that several cells share holds one copy of a cell at a time.
         """
-        progress, rows = self._restore(), self.materials.rows
+        rows = self.materials.rows
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"dropout {self.seed}").getrandbits(63))
+            progress = self._restore()
+            self._random = torch.get_rng_state()
         self.workers.wait()  # the main process will remove the checkpoint that the others have just read
         self._saved_step, self._saved_at = progress.step, time.monotonic()
         self.attempt.heartbeat.phase = "train"
         total = self.recipe.epochs * len(rows) * self.recipe.length
         name = f"train {self.cell.name} seed {self.seed}"
         with (
-            Background() as self._background,
+            contextlib.nullcontext(background) if background else Background() as self._background,
             self._open_reports() as self._reports,
             self.reporter.track(name, total, "tok", done=progress.tokens) as self._tracker,
             training_attention(
@@ -109,6 +116,7 @@ class Training:
                 self._begin_save(progress)
                 self._background.wait()
                 raise
+            self._background.wait()
 
     def advance(self, *, shared: bool) -> None:
         """Take one step of the training that is open.
@@ -118,7 +126,8 @@ class Training:
             Diverged: training left the numbers; the record says so.
         """
         try:
-            figures = self.trainer.advance(self.stop)
+            with self._own_random():
+                figures = self.trainer.advance(self.stop)
         except Diverged as error:
             self._background.wait()
             self._create_record(self.trainer.progress, {}, "diverged", str(error), shared=shared)
@@ -135,6 +144,14 @@ class Training:
         """Commit the weights of a training that came to its end, and create the record."""
         weights = self._commit_weights() if self.workers.is_main else {}
         return self._create_record(self.trainer.progress, weights, "trained", None, shared=shared)
+
+    @contextlib.contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """Draw (for dropout) from this cell's own state, whoever else draws in this process; an error takes it back."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            yield
+            self._random = torch.get_rng_state()
 
     def _open_reports(self) -> Reports:
         return Reports(
@@ -166,7 +183,8 @@ class Training:
             return
         self._background.wait()
         metrics = self._metrics_bytes()
-        snapshot = take_snapshot(self.tail, self.optimizer, progress) if progress.step > self._saved_step else None
+        with self._own_random():
+            snapshot = take_snapshot(self.tail, self.optimizer, progress) if progress.step > self._saved_step else None
         prefix = cell_key(self.cell.id, "checkpoints", f"{progress.step:08d}-{self.attempt.nonce}")
 
         def save() -> None:
@@ -222,13 +240,15 @@ class Training:
             cause=cause,
             weights=weights,
             parameters=self.cell.parameters,
+            lr=self.recipe.rate,
+            choice=choice_key(self.cell.choice) if self.cell.choice else None,
             steps=progress.step,
             tokens=progress.tokens,
             supervised_tokens=progress.supervised_tokens,
             loss_history=_thinned(progress.history),
             seconds=round(progress.seconds, 3),
             tokens_per_s=round(progress.tokens / max(progress.seconds, 1e-9), 1),
-            peak_bytes=_peak_bytes(),
+            peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident(reset=False),
             attempts=sum(entry.key.endswith(".start.json") for entry in attempts),
             shared=shared,
             receipt=receipt_of(self.materials.plan),
@@ -269,14 +289,6 @@ def receipt_of(plan: Plan) -> dict[str, Any]:
     """Return the receipt of a study's result made in this process."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return make_receipt(device=device, num_threads=torch.get_num_threads(), precision=plan.study.train.precision)
-
-
-def _peak_bytes() -> int:
-    """Return the process's peak memory: allocated on the GPU, or resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _thinned(history: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -23,7 +23,7 @@ class Step:
     checkpoint the same, but it may vanish meanwhile, and is not wanted where the target holds ``unless``
     file       one object, whose SHA-256 a record names
     note       an object that only grows: a longer one in the target is kept
-    record     an object that is created once and never replaced
+    record     an object that is created once and never replaced; not wanted where the target holds ``unless``
     ========== =====================================================================================================
     """
 
@@ -46,14 +46,16 @@ def copy_objects(
             anything is written.
     """
     for step in steps:
-        if step.kind == "record":
+        if step.kind == "record" and not _is_unwanted(step, target):
             _check_record(source, target, step.key)
     written: list[str] = []
     for step in steps:
-        if step.kind == "commit":
+        if _is_unwanted(step, target):
+            pass
+        elif step.kind == "commit":
             written += _copy_commit(source, target, step.key)
         elif step.kind == "checkpoint":
-            written += _copy_checkpoint(source, target, step)
+            written += _copy_checkpoint(source, target, step.key)
         elif _copy_object(source, target, step):
             written.append(step.key)
         after_step()
@@ -92,13 +94,15 @@ def _copy_object(source: Store, target: Store, step: Step) -> bool:
     return True
 
 
-def _copy_checkpoint(source: Store, target: Store, step: Step) -> list[str]:
-    if step.unless is not None and target.get(step.unless) is not None:
-        return []
+def _is_unwanted(step: Step, target: Store) -> bool:
+    return step.unless is not None and target.get(step.unless) is not None
+
+
+def _copy_checkpoint(source: Store, target: Store, prefix: str) -> list[str]:
     try:
-        return _copy_commit(source, target, step.key)
+        return _copy_commit(source, target, prefix)
     except DataMismatch:
-        if source.get(manifest_key(step.key)) is None:
+        if source.get(manifest_key(prefix)) is None:
             return []  # the cell has gone on and let go of it
         raise
 

@@ -11,16 +11,23 @@ from kallm.model.sources import look_up_model
 from kallm.results.record import CellEntry, Parameters, StudyDocument, SuiteEntry
 from kallm.store.sealed import short_hash
 from kallm.study.study import Study, Variant
+from kallm.train.probe import ProbeRequest
 
-__all__ = ["CALIBRATION_TOKENS", "NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan"]
+__all__ = ["CALIBRATION_TOKENS", "NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan", "request_probe"]
 
-NUMERICS = 2
+NUMERICS = 3
 """Counts up when the code changes a trained weight: cells trained before keep their own keys."""
 
 CALIBRATION_TOKENS = 32_768
 """Tokens of the corpus, at most, that ``start: fitted`` fits to."""
 
+_CHOICES = 1
+"""Counts up when the code changes how a learning rate is chosen."""
+
 _DEMONSTRATION_TOKENS = 1_000_000
+
+_WITHOUT_POSITION_IDS = {"bloom", "falcon_mamba", "mamba", "mamba2", "mpt", "rwkv", "xlnet", "xlstm"}
+"""Model types whose forward pass takes no position ids: nothing would keep packed documents, and options, apart."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,13 @@ class Cell:
     def label(self) -> str:
         """The id without its hash, for people."""
         return self.name if self.seed is None else f"{self.name}.seed-{self.seed}"
+
+    @property
+    def choice(self) -> str | None:
+        """Hash of all that can change which of several learning rates is taken; None where there is one, or none."""
+        if not isinstance(self.identity.get("train", {}).get("lr"), list):
+            return None
+        return short_hash({"choice": _CHOICES} | {key: self.identity[key] for key in self.identity if key != "seed"})
 
 
 @dataclass(frozen=True)
@@ -86,9 +100,11 @@ def make_plan(study: Study) -> Plan:
     """Resolve a study's sources and derive its cells.
 
     Raises:
-        WrongConfiguration: a source does not exist or is out of reach, or the tail is longer than the model.
+        WrongConfiguration: a source does not exist or is out of reach, the tail is longer than the model, or the model
+            cannot be trained so.
     """
     model = look_up_model(study.model)
+    _check_model(study, model)
     num_tail_blocks = model.num_blocks if study.tail == "all" else study.tail
     if num_tail_blocks > model.num_blocks:
         raise WrongConfiguration(
@@ -105,8 +121,25 @@ def make_plan(study: Study) -> Plan:
         f"{name}.{short_hash(settings.identity(dialogues=identity, heldout=study.dialogues.heldout))}": settings
         for name, settings in study.suites.items()
     }
-    document = _document(study, model, cells, suites, {"model": model.identity, "dialogues": identity})
+    probes = {
+        name: request_probe(study, model, num_tail_blocks, name).hash
+        for name, variant in study.variants.items()
+        if variant.trained
+    }
+    document = _document(study, model, cells, probes, suites, {"model": model.identity, "dialogues": identity})
     return Plan(study, model, num_tail_blocks, source, identity, cells, suites, document)
+
+
+def _check_model(study: Study, model: ModelFacts) -> None:
+    if model.kind in _WITHOUT_POSITION_IDS:
+        raise WrongConfiguration(
+            f"{study.model} is a {model.kind} model, whose forward pass takes no position ids, so packed documents "
+            "would see each other: take a model of another kind"
+        )
+    if study.head == "tied" and not model.tied:
+        raise WrongConfiguration(
+            f"head: tied needs a model whose embedding is its head, but {study.model} has two matrices; leave head out"
+        )
 
 
 def _pin(study: Study, model: str, dialogues: str) -> Study:
@@ -121,16 +154,37 @@ def _pin(study: Study, model: str, dialogues: str) -> Study:
 
 
 def estimate_cost(plan: Plan, cells: tuple[Cell, ...]) -> Cost:
-    """Estimate training alone: the trunk once over the corpus, each tail forward and backward over its tokens."""
+    """Estimate training alone: the trunk once over the corpus, each tail forward and backward over its tokens.
+
+    With a tied head the gradient runs through the frozen blocks of every cell, forward and backward.
+    """
     recipe, trained = plan.study.train, [cell for cell in cells if cell.variant.trained]
     tokens = recipe.tokens * recipe.epochs
     trunk = sum(plan.model.blocks[: plan.model.num_blocks - plan.num_tail_blocks])
     tails = [cell.parameters.trainable for cell in trained]
+    frozen = 2.0 * trunk * recipe.tokens if trained else 0.0
+    if plan.study.head == "tied":
+        frozen = 4.0 * trunk * tokens * len(trained)
     return Cost(
         trained_tokens=tokens * len(trained),
-        flops=(2.0 * trunk * recipe.tokens if trained else 0.0) + 6.0 * tokens * sum(tails),
+        flops=frozen + 6.0 * tokens * sum(tails),
         stored_bytes=4 * sum(tails),
         running_bytes=2 * 12 * max(tails, default=0),
+    )
+
+
+def request_probe(study: Study, model: ModelFacts, num_tail_blocks: int, variant: str) -> ProbeRequest:
+    """Return what to measure of a variant alone: its tail under the study's recipe, one forward pass a step."""
+    return ProbeRequest(
+        model=model,
+        num_tail_blocks=num_tail_blocks,
+        spec=study.variants[variant].spec,
+        head=study.head,
+        trainable=study.trainable,
+        precision=study.train.precision,
+        compile=study.train.compile,
+        rows=study.train.micro_batch,
+        length=study.train.length,
     )
 
 
@@ -169,7 +223,7 @@ def _count(study: Study, model: ModelFacts, num_tail_blocks: int, name: str) -> 
         return Parameters(trainable=0, stored=model.total, ffn=ffn)
     whole_tail = sum(model.blocks[tail]) - pretrained + ffn + model.other
     trainable = {"ffn": ffn, "tail": whole_tail, "tail+head": whole_tail + model.head}[study.trainable]
-    untied = model.head if model.tied and study.trainable == "tail+head" else 0
+    untied = model.head if model.tied and study.head == "untied" and study.trainable == "tail+head" else 0
     return Parameters(trainable=trainable, stored=model.total - pretrained + ffn + untied, ffn=ffn)
 
 
@@ -177,6 +231,7 @@ def _document(
     study: Study,
     model: ModelFacts,
     cells: tuple[Cell, ...],
+    probes: dict[str, str],
     suites: dict[str, SuiteSettings],
     sources: dict[str, str],
 ) -> StudyDocument:
@@ -185,6 +240,8 @@ def _document(
     notes = list(study.notes)
     if recipe.tokens * recipe.epochs < _DEMONSTRATION_TOKENS:
         notes.insert(0, f"a demonstration budget: {recipe.tokens * recipe.epochs:,} training tokens a cell")
+    if study.head == "tied":
+        notes.append("the head is tied: the embedding trains, so every cell runs the whole model and shares no trunk")
     if model.note:
         notes.append(model.note)
     entries = [
@@ -196,6 +253,8 @@ def _document(
             parameters=cell.parameters,
             tokens=recipe.tokens * recipe.epochs if cell.variant.trained else 0,
             steps=steps if cell.variant.trained else 0,
+            probe=probes.get(cell.name),
+            choice=cell.choice,
         )
         for cell in cells
     ]

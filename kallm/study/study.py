@@ -74,7 +74,10 @@ class Study(_Settings):
     notes: tuple[str, ...] = Field((), description="printed under the table")
     model: str = Field(description="hub:ORG/NAME[@revision], package:NAME or a folder")
     tail: int | Literal["all"] = Field(5, description="how many of the last blocks a cell trains")
-    head: Literal["untied"] = Field("untied", description="untied: a copy of the head trains, the embedding stays")
+    head: Literal["untied", "tied"] = Field(
+        "untied",
+        description="untied: a copy of the head trains, the embedding stays; tied: it trains as the embedding too",
+    )
     trainable: Literal["ffn", "tail", "tail+head"] = Field("tail+head", description="what of the tail trains")
     start: Literal["random", "fitted"] = Field(
         "random", description="how every reset FFN begins: drawn, or fitted to the pretrained one in closed form"
@@ -117,6 +120,15 @@ class Study(_Settings):
             if value.count(seed) > 1:
                 raise ValueError(f"names seed {seed} twice: each seed is one cell of a variant")
         return value
+
+    @model_validator(mode="after")
+    def _tied_head_trains(self) -> "Study":
+        if self.head == "tied" and self.trainable != "tail+head":
+            raise ValueError(
+                f"head: tied says how the head trains, but trainable: {self.trainable} leaves it as it is; "
+                "leave head out, or set trainable: tail+head"
+            )
+        return self
 
     @model_validator(mode="after")
     def _contrasts_exist(self) -> "Study":

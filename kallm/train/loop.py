@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kallm.data.packing import Row
 from kallm.errors import Diverged, Preempted
 from kallm.model.trunk import Tail
-from kallm.train.loss import summed_cross_entropy
+from kallm.model.whole import OwnHead
+from kallm.train.loss import summed_cross_entropy, summed_cross_entropy_of
 from kallm.train.recipe import Recipe
 from kallm.train.workers import Workers
 
@@ -58,7 +59,9 @@ class Progress:
 def make_optimizer(tail: Tail, recipe: Recipe) -> torch.optim.AdamW:
     """Return AdamW over the tail's trainable parameters."""
     trainable = [parameter for parameter in tail.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        trainable, lr=recipe.rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
 
 
 class Trainer:
@@ -193,6 +196,8 @@ class Trainer:
             hidden, positions = hidden.flatten(0, 1)[None], positions.flatten()[None]
         out = self._forward(hidden.to(head.device), positions.to(head.device))
         targets = torch.stack([row.targets for row in rows]).to(head.device)
+        if isinstance(self._tail.head, OwnHead):
+            return summed_cross_entropy_of(out.flatten(0, 1), self._tail.head, targets.flatten())
         return summed_cross_entropy(out.flatten(0, 1), head, targets.flatten())
 
 

@@ -20,7 +20,7 @@ from kallm.errors import ExitCode, OutOfMemory
 from kallm.model.retrofit import RetrofitConfig, retrofit_
 from kallm.model.sources import load_model
 from kallm.model.start import freeze
-from kallm.model.trunk import Passage, Tail, split
+from kallm.model.trunk import Passage, Tail, WholeTail, split
 from kallm.train.loop import Progress, Trainer, make_optimizer
 from kallm.train.loss import CHUNK
 from kallm.train.probe import CountedBytes, Measurement, ProbeRequest
@@ -45,7 +45,7 @@ def measure(request: ProbeRequest) -> Measurement:
     tail = _make_tail(request).to(device)
     trainer = _make_trainer(tail, request)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=request.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=request.precision == "bf16", cache_enabled=False):
             saved, activations = _count_step(tail, trainer)
             reset = reset_peak(device)
             steps = tuple(_timed(trainer, device) for _ in range(request.rounds))
@@ -104,8 +104,11 @@ def count_saved(own: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def _make_tail(request: ProbeRequest) -> Tail:
     """Return the tail alone: the rest of the model is loaded, and let go."""
-    _, tail = split(load_model(request.model, torch.float32), request.num_tail_blocks)
-    retrofit_(tail, RetrofitConfig(ffn=request.spec, layers="all"), generator=torch.Generator().manual_seed(0))
+    model = load_model(request.model, torch.float32)
+    _, tail = split(model, request.num_tail_blocks, head=request.head)
+    del model
+    config = RetrofitConfig(ffn=request.spec, layers=tail.layers)
+    retrofit_(tail, config, generator=torch.Generator().manual_seed(0))
     freeze(tail, request.trainable)
     gc.collect()
     if sys.platform == "linux":
@@ -114,7 +117,10 @@ def _make_tail(request: ProbeRequest) -> Tail:
 
 
 def _make_trainer(tail: Tail, request: ProbeRequest) -> Trainer:
-    """Return a trainer whose every step sees all rows: random tokens in documents, and a random residual stream."""
+    """Return a trainer whose every step sees all rows: random tokens in documents, and a random residual stream.
+
+    A tail that is the whole model gets the tokens themselves.
+    """
     recipe = Recipe(
         tokens=request.rows * request.length,
         epochs=request.rounds + 1,
@@ -132,7 +138,10 @@ def _make_trainer(tail: Tail, request: ProbeRequest) -> Trainer:
         targets = ids.roll(-1)
         targets[positions.roll(-1) == 0] = IGNORED
         rows.append(Row(Passage(ids, positions), targets))
-    hidden = [torch.randn(request.length, width) for _ in rows]
+    if isinstance(tail, WholeTail):
+        hidden = [row.passage.input_ids[:, None].float() for row in rows]
+    else:
+        hidden = [torch.randn(request.length, width) for _ in rows]
     return Trainer(tail, make_optimizer(tail, recipe), rows, hidden, recipe, seed=0, progress=Progress())
 
 

@@ -17,7 +17,16 @@ from kallm.model.facts import ModelFacts
 from kallm.store.sealed import seal, short_hash, unseal
 from kallm.store.store import Store
 
-__all__ = ["CountedBytes", "Measurement", "ProbeRecord", "ProbeRequest", "measure_alone", "probe_once", "read_probes"]
+__all__ = [
+    "CountedBytes",
+    "Measurement",
+    "ProbeRecord",
+    "ProbeRequest",
+    "find_probe",
+    "measure_alone",
+    "probe_once",
+    "probe_prefix",
+]
 
 _POLL_S = 0.5
 
@@ -27,23 +36,28 @@ class _Frozen(BaseModel):
 
 
 class ProbeRequest(_Frozen):
-    """What to measure: optimiser steps of one tail on the trunk's output, the trunk itself left out."""
+    """What to measure: optimiser steps of one tail on the trunk's output, the trunk itself left out.
+
+    Where there is no trunk (a tied head, all blocks), the tail is the whole model, and all of it is measured.
+    """
 
     model: ModelFacts
     num_tail_blocks: int = Field(gt=0, description="blocks of the tail")
     spec: FFNSpec = Field(description="the FFN in them")
+    head: Literal["untied", "tied"] = "untied"
     trainable: Literal["ffn", "tail", "tail+head"] = "tail+head"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     rows: int = Field(8, gt=0, description="packed rows of a step, in one forward pass")
     length: int = Field(1024, gt=1, description="tokens of a row")
     rounds: int = Field(3, gt=0, lt=10, description="steps that are timed, after one that is not")
-    num_threads: int = Field(gt=0, description="of torch, on the CPU")
+    num_threads: int = Field(1, gt=0, description="of torch, on the CPU; it belongs to the hardware, not to the hash")
 
     @property
     def hash(self) -> str:
         """Hash of all that can change the figures, but the hardware; where the model's files lie cannot."""
-        return short_hash({**self.model_dump(mode="json"), "model": self.model.identity})
+        settings = self.model_dump(mode="json", exclude={"num_threads"})
+        return short_hash({**settings, "model": self.model.identity})
 
 
 class CountedBytes(_Frozen):
@@ -136,42 +150,49 @@ def probe_once(
     Args:
         store: where the records lie.
         request: what to measure.
-        receipt: of this process; its hardware and its torch are part of the key.
+        receipt: of this process; its hardware (the number of threads too) and its torch are part of the key.
         stop: polled while the measurement runs.
 
     Raises:
         OutOfMemory: as ``measure_alone``.
         DataMismatch: the stored record is damaged.
     """
-    hardware = short_hash([receipt["hardware"], receipt["packages"]["torch"]])
-    key = f"probes/{request.hash}/{hardware}.json"
-    data = store.get(key)
-    if data is None:
-        record = ProbeRecord(
-            request=request.hash,
-            shape=(request.rows, request.length),
-            measurement=measure_alone(request, stop),
-            receipt=receipt,
-        )
-        data = seal(record.model_dump(mode="json"))
-        if not store.create(key, data):
-            data = store.get(key)
-            assert data is not None
-    return ProbeRecord.model_validate(unseal(data, key))
+    record = find_probe(store, request, receipt)
+    if record is not None:
+        return record
+    key = _key(request, receipt)
+    record = ProbeRecord(
+        request=request.hash,
+        shape=(request.rows, request.length),
+        measurement=measure_alone(request, stop),
+        receipt=receipt,
+    )
+    if store.create(key, seal(record.model_dump(mode="json"))):
+        return record
+    standing = find_probe(store, request, receipt)
+    assert standing is not None
+    return standing
 
 
-def read_probes(store: Store, request: str) -> dict[str, ProbeRecord]:
-    """Return the stored measurements of one variant by hardware, in the order of their keys.
+def find_probe(store: Store, request: ProbeRequest, receipt: dict[str, Any]) -> ProbeRecord | None:
+    """Return the stored measurement of a variant on this hardware; None where there is none.
 
     Raises:
-        DataMismatch: one is damaged.
+        DataMismatch: it is damaged.
     """
-    found = {}
-    for key in sorted(entry.key for entry in store.list(f"probes/{request}/")):
-        data = store.get(key)
-        if data is not None:
-            found[key.rpartition("/")[2].removesuffix(".json")] = ProbeRecord.model_validate(unseal(data, key))
-    return found
+    key = _key(request, receipt)
+    data = store.get(key)
+    return None if data is None else ProbeRecord.model_validate(unseal(data, key))
+
+
+def probe_prefix(request: str) -> str:
+    """Return what the keys of a request's measurements begin with; what follows names the hardware."""
+    return f"probes/{request}/"
+
+
+def _key(request: ProbeRequest, receipt: dict[str, Any]) -> str:
+    hardware = short_hash([receipt["hardware"], receipt["packages"]["torch"]])
+    return f"{probe_prefix(request.hash)}{hardware}.json"
 
 
 def _failure(request: ProbeRequest, code: int, told: str) -> KallmError:

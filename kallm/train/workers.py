@@ -5,13 +5,21 @@ divide a loss by the number of passes and processes where ours is divided by the
 their gradient buckets double the gradients' memory, and they rename what a checkpoint holds.
 """
 
+from datetime import timedelta
+from functools import cache
+from typing import Any, cast
+
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import reduce
 
 from kallm.errors import WrongConfiguration
 
 __all__ = ["Workers"]
+
+_PATIENCE = timedelta(days=30)
+"""How long the others wait for the main process, which may be evaluating."""
 
 
 class Workers:
@@ -22,6 +30,8 @@ class Workers:
         self.num: int = self._state.num_processes
         self.rank: int = self._state.process_index
         self.device: torch.device = self._state.device
+        if self.num > 1:
+            _patient_group()  # all processes make it at the same moment
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +70,26 @@ class Workers:
         """Return whether the flag is set in any process."""
         return self.sum_value(float(flag)) > 0
 
+    def tell(self, value: Any) -> None:
+        """Tell the others, who ``hear`` it; called by the main process."""
+        if self.num > 1:
+            self._send([value])
+
+    def hear(self) -> Any:
+        """Wait for what the main process has to tell, and return it."""
+        slot = [None]
+        self._send(slot)
+        return slot[0]
+
+    def _send(self, slot: list[Any]) -> None:
+        dist.broadcast_object_list(slot, src=0, group=_patient_group())
+
     def wait(self) -> None:
         """Wait for all processes."""
         self._state.wait_for_everyone()
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    """Return a group of all processes whose operations do not time out."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))

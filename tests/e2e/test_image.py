@@ -104,7 +104,7 @@ def test_label_and_receipt_name_the_commit() -> None:
 
 def test_sigterm_saves_and_leaves_with_75_with_an_init_and_without(volume: str) -> None:
     run = ("run", "--name", volume, "--volume", f"{volume}:/cache", *HARDENED)
-    study = ("run", STUDY, "--store", "/cache/store")
+    study = ("run", STUDY, "--store", "/cache/store", "--no-probe")
     for init in ((), ("--init",)):
         assert docker(*run, "--detach", *init, image(), *study).returncode == 0
         wait_for("parameters replaced by" if not init else "continuing from step", "logs", volume)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
-from kallm.model.sourcefile import Function, SourceFile, Used, first_line, read_source, targets_of, torch_names
+from kallm.saving.sourcefile import Function, SourceFile, Used, first_line, read_source, targets_of, torch_names
 
 __all__ = ["Origin", "bundle"]
 

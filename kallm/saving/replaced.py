@@ -34,11 +34,7 @@ def find_replaced(model: nn.Module) -> list[Replaced]:
     Raises:
         WrongConfiguration: one is not what its description builds.
     """
-    found = [
-        Replaced(name, module.spec, module)
-        for name, module in model.named_modules()
-        if isinstance(module, FFN)
-    ]
+    found = [Replaced(name, module.spec, module) for name, module in model.named_modules() if isinstance(module, FFN)]
     for each in found:
         _check(each)
     return found

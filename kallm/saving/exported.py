@@ -20,14 +20,14 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.errors import WrongConfiguration
-from kallm.model.bundle import Origin, bundle
-from kallm.model.replaced import Replaced, find_replaced, group_replaced
+from kallm.saving.bundle import Origin, bundle
+from kallm.saving.replaced import Replaced, find_replaced, group_replaced
 from kallm.store.local import naming_disk_errors
 
 __all__ = ["export", "render_modeling"]
 
 _MODULE = "modeling_kallm"
-_STANDALONE = "kallm.model.standalone"
+_STANDALONE = "kallm.saving.standalone"
 _SUBSTITUTES: dict[Origin, Origin] = {
     ("kallm.kan.layerspec", "Spec"): (_STANDALONE, "Spec"),
     ("pydantic", "Field"): (_STANDALONE, "Field"),

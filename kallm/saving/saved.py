@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 
 from kallm.errors import WrongConfiguration
 from kallm.kan.ffns import FFN, build
-from kallm.model.delta import (
+from kallm.model.guard import guard_save_
+from kallm.model.places import find_ffns, put_ffn_
+from kallm.model.retrofit import Replacement, Report
+from kallm.saving.delta import (
     NOTE,
     Base,
     Delta,
@@ -27,10 +30,7 @@ from kallm.model.delta import (
     read_delta,
     read_tensors,
 )
-from kallm.model.guard import guard_save_
-from kallm.model.places import find_ffns, put_ffn_
-from kallm.model.replaced import find_replaced, group_replaced
-from kallm.model.retrofit import Replacement, Report
+from kallm.saving.replaced import find_replaced, group_replaced
 from kallm.store.local import naming_disk_errors, replacing
 from kallm.store.sealed import seal
 

@@ -1,0 +1,1 @@
+"""Saving and export: the delta of a retrofitted model, and a folder for transformers alone."""
