@@ -201,6 +201,13 @@ class SyntheticStudy:
                 {"id": f"c{i:03}", "tokens": int(n), "bytes": int(4 * n), "nll": float(value)}
                 for i, (n, value) in enumerate(zip(tokens, nll, strict=True))
             ]
+        if suite == "retained":
+            tokens = questions.integers(40, 400, self.num_items)
+            kl = tokens * np.abs(0.5 + shift + 0.02 * answers.normal(size=self.num_items))
+            return [
+                {"id": f"c{i:03}", "tokens": int(n), "kl": float(value)}
+                for i, (n, value) in enumerate(zip(tokens, kl, strict=True))
+            ]
         make = _make_choice if suite == "bbh-choice" else _make_reply
         skill = 0.1 - shift
         tasks = [(task, n) for task, n in TASKS.items() if n or suite == "bbh-chat"]
@@ -219,6 +226,9 @@ def score_items(suite: str, items: Items) -> tuple[dict[str, Score], dict[str, d
         perplexity = Score(value=float(np.exp(nll / tokens)), unit="", n=tokens)
         bits = Score(value=nll / np.log(2) / num_bytes, unit="bits/byte", n=num_bytes)
         return {"cross_entropy": loss, "perplexity": perplexity, "bits_per_byte": bits}, {}
+    if suite == "retained":
+        tokens = sum(item["tokens"] for item in items)
+        return {"kl": Score(value=sum(item["kl"] for item in items) / tokens, unit="nats/token", n=tokens)}, {}
     names = {"acc": "correct"} | ({"acc_norm": "correct_norm"} if suite == "bbh-choice" else {})
     tasks: dict[str, dict[str, Score]] = {}
     for task in sorted({item["task"] for item in items}):

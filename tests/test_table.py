@@ -83,6 +83,18 @@ def test_the_declared_difference_is_the_mean_of_the_paired_differences(store):
     assert "smallest detectable" in declared.text
 
 
+def test_retained_ability_is_compared_as_held_out_text_is(store):
+    study = SyntheticStudy(variants=("kan", "linear"), contrasts=(("kan", "linear"),), suites=("heldout", "retained"))
+    table = build_table(store, study.fill(store))
+    kl = {
+        variant: np.mean([record_of(store, study, variant, s, "retained").scores["kl"].value for s in study.seeds])
+        for variant in ("kan", "linear")
+    }
+    found = next(contrast for contrast in table.contrasts if contrast.role == "secondary")
+    assert (found.column, found.unit, found.margin) == ("retained.kl", "nats/token", None)
+    assert found.difference == pytest.approx(kl["kan"] - kl["linear"])
+
+
 def test_a_large_effect_is_different_and_none_is_equivalent(store):
     study = SyntheticStudy(
         variants=("kan", "linear", "swiglu-768"),

@@ -18,6 +18,7 @@ __all__ = ["make_contrasts"]
 
 Role = Literal["declared", "secondary", "exploratory"]
 _Pair = tuple[CellEntry, CellEntry]
+_SCORES = {"text": ("cross_entropy", "nats/token"), "divergence": ("kl", "nats/token")}
 
 
 def make_contrasts(evidence: Evidence) -> list[Contrast]:
@@ -49,7 +50,7 @@ def _keep(contrasts: list[Contrast]) -> list[Contrast]:
 
 def _contrast(evidence: Evidence, suite: SuiteEntry, left: str, right: str, role: Role) -> Contrast:
     kind = _find_kind(evidence, suite)
-    score, unit = ("cross_entropy", "nats/token") if kind == "text" else ("acc", "points")
+    score, unit = _SCORES.get(kind or "", ("acc", "points"))
     column = f"{name_suite(evidence.document, suite)}.{score}"
     pairs = _pair_cells(evidence, suite, left, right)
     if not pairs:

@@ -1,7 +1,8 @@
 """What was answered, item by item, as arrays; and the figures that need no model.
 
 Legend of the array shapes: I items. Items are recognised by what they hold: ``nll`` and ``tokens`` (held-out text),
-``choice`` (scored options), ``status`` (replies); items of any other shape are left alone.
+``kl`` and ``tokens`` (retained ability), ``choice`` (scored options), ``status`` (replies); items of any other shape
+are left alone.
 """
 
 from collections import Counter, defaultdict
@@ -21,6 +22,15 @@ __all__ = ["Answers", "check_same", "find_references", "reduce_items"]
 TOLERANCE = 1e-4
 """How far a record's score may be from its own items, relative to the score; items may be stored rounded."""
 STATUSES = ("parsed", "unparsed", "empty")
+
+_KINDS = {
+    "text": {"nll", "tokens"},
+    "divergence": {"kl", "tokens"},
+    "choice": {"choice", "task"},
+    "reply": {"status", "task"},
+}
+_SUMS = {"text": ("nll", "cross_entropy"), "divergence": ("kl", "kl")}
+"""What an item of text holds the sum of, and the score that its mean per token is."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def find_references(items: Items) -> dict[str, dict[str, float]]:
 
 def _recognise(items: Items) -> str | None:
     first = items[0] if items else {}
-    for kind, keys in (("text", {"nll", "tokens"}), ("choice", {"choice", "task"}), ("reply", {"status", "task"})):
+    for kind, keys in _KINDS.items():
         if keys <= first.keys():
             return kind
     return None
@@ -127,11 +137,12 @@ def _reduce(where: str, kind: str, items: Items) -> Answers:
     questions: tuple[Any, ...]
     replies: dict[str, float] = {}
     weights = np.ones(len(items))
-    if kind == "text":
+    if kind in _SUMS:
+        total, score = _SUMS[kind]
         weights = np.array([float(item["tokens"]) for item in items])
         if (weights <= 0).any():
             raise ValueError("a conversation without tokens")
-        scores = {"cross_entropy": np.array([float(item["nll"]) for item in items]) / weights}
+        scores = {score: np.array([float(item[total]) for item in items]) / weights}
         questions = tuple((item["tokens"], item.get("bytes")) for item in items)
     elif kind == "choice":
         scores = {name: _read(items, of) for name, of in (("acc", "correct"), ("acc_norm", "correct_norm"))}
