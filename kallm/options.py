@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ __all__ = [
     "StudyArgument",
     "find_document",
     "find_plan",
+    "find_plan_of",
+    "find_studies",
     "is_stored_name",
     "make_console",
 ]
@@ -74,6 +77,27 @@ def find_document(store: Store, study: str, set_: list[str] | None = None) -> St
             raise DataMismatch(f"{store.address}/{key} is the document of {stored.name}.{stored.hash}; restore it")
         return stored
     return make_plan(read_study(study, set_)).document
+
+
+def find_studies(store: Store, cell: str) -> Iterator[StudyDocument]:
+    """Yield the studies in the store that name a cell."""
+    for entry in store.list("studies/"):
+        if entry.key.endswith("/study.json"):
+            document = read_record(store, StudyDocument, entry.key)
+            if document is not None and any(each.id == cell for each in document.cells):
+                yield document
+
+
+def find_plan_of(store: Store, cell: str) -> Plan:
+    """Return the plan of the first study that names a cell, with what it takes from the hub.
+
+    Raises:
+        DataMismatch: what it was planned from has changed since.
+        WrongConfiguration: no study names it.
+    """
+    for document in find_studies(store, cell):
+        return find_plan(store, f"{document.name}.{document.hash}", snapshots=True)
+    raise WrongConfiguration(f"no study in {store.address} names {cell}: 'kallm run' of its study leaves study.json")
 
 
 def find_plan(store: Store, study: str, *, snapshots: bool = False) -> Plan:

@@ -1,12 +1,11 @@
 """Two processes train one study as one process does, and only the main one writes and speaks."""
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_processes
 
 from kallm.results.record import TrainingRecord, cell_key, read_record
 from kallm.store.local import FolderStore
@@ -15,19 +14,9 @@ from kallm.study.study import read_study
 
 
 def run_study(study: Path, store: Path, *, num: int) -> list[subprocess.CompletedProcess[str]]:
-    """Run ``kallm run`` in several processes, as ``torchrun`` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num)} if num > 1 else {}
+    """Run ``kallm run`` in several processes."""
     command = [sys.executable, "-m", "kallm.cli", "run", str(study), "--store", str(store), "--no-probe"]
-    running = []
-    for rank in range(num):
-        own = {**os.environ, **place, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num > 1 else {}
-        running.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=600) for process in running]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *each) for p, each in zip(running, told, strict=True)]
+    return run_processes(command, num=num)
 
 
 def trainings(plan: Plan, store: Path) -> dict[str, TrainingRecord]:

@@ -78,7 +78,7 @@ def test_edges_and_bias_add_up_to_the_layer(case) -> None:
 
 def test_variances_and_ranking_are_those_of_single_edges(case) -> None:
     _, _, edges, added = case
-    np.testing.assert_allclose(edges.variances().numpy(), np.var(added, axis=0), atol=1e-12)
+    np.testing.assert_allclose(edges.variances.numpy(), np.var(added, axis=0), atol=1e-12)
     ranked = edges.rank(NUM_OUTPUTS * NUM_INPUTS)
     assert [edge.variance for edge in ranked] == sorted((edge.variance for edge in ranked), reverse=True)
     outputs = np.var(added.sum(axis=2), axis=0)
@@ -142,7 +142,7 @@ def test_a_dead_input_and_a_dead_layer_explain_nothing() -> None:
     layer, rows = make_layer(basis="chebyshev2", degree=2)
     rows[:, 0] = 0.5
     edges = Edges(layer, rows)
-    assert float(edges.variances()[:, 0].max()) < 1e-20
+    assert float(edges.variances[:, 0].max()) < 1e-20
     assert np.isfinite([edges.explain(shares=(0.1,)).lines, *edges.explain(shares=()).degrees]).all()
     with torch.no_grad():
         layer.linear.weight.zero_()

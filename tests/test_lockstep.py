@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_run import StopAfter
 
 from kallm.errors import ExitCode, Preempted, WrongConfiguration
 from kallm.model import cache
@@ -27,20 +28,6 @@ from kallm.study.study import read_study
 KAN = {"ffn": "kan", "basis": "chebyshev2", "degree": 2, "hidden": 24}
 VARIANTS = "variants=" + json.dumps(["baseline", "linear", {"small-kan": KAN}, "affine"])
 UNCACHED, TWO_SEEDS = "train.cache_gb=0", "seeds=[0,1]"
-
-
-class StopAfter(Stop):
-    """Asks for a stop at the given poll, as a signal would."""
-
-    def __init__(self, polls: int) -> None:
-        super().__init__()
-        self.left = polls
-
-    def __call__(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.signal = signal.SIGTERM
-        super().__call__()
 
 
 class StopAtStep(StopAfter):

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 from torch.nn import functional as F
 from training import RECIPE, make_rows, make_trainer
@@ -25,19 +25,11 @@ def finish(trainer: Trainer) -> list[tuple[int, float]]:
     return trainer.progress.history
 
 
-def run_processes(folder: Path, *, num: int, batch: int) -> list[subprocess.CompletedProcess[str]]:
+def run_training(folder: Path, *, num: int, batch: int) -> list[subprocess.CompletedProcess[str]]:
     """Run the training in several processes on this machine's CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num)}
-    running = []
-    for rank in range(num):
-        own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, str(Path(__file__).with_name("training.py")), str(folder), str(batch)]
-        running.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=900) for process in running]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *each) for p, each in zip(running, told, strict=True)]
+    return run_processes(
+        [sys.executable, str(Path(__file__).with_name("training.py")), str(folder), str(batch)], num=num
+    )
 
 
 def test_training_equals_a_plain_loop_over_full_logits_and_whole_batches() -> None:
@@ -94,7 +86,7 @@ def test_a_compiled_tail_keeps_documents_apart_and_gives_the_same_loss() -> None
 
 @pytest.mark.parametrize("batch", [3, 4])
 def test_two_processes_give_the_loss_and_the_weights_of_one(tmp_path: Path, batch: int) -> None:
-    done = run_processes(tmp_path, num=2, batch=batch)
+    done = run_training(tmp_path, num=2, batch=batch)
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     tail, trainer = make_trainer(RECIPE.model_copy(update={"batch": batch}))
@@ -108,7 +100,7 @@ def test_two_processes_give_the_loss_and_the_weights_of_one(tmp_path: Path, batc
 
 
 def test_more_processes_than_rows_of_a_batch_are_refused_before_training(tmp_path: Path) -> None:
-    done = run_processes(tmp_path, num=2, batch=1)
+    done = run_training(tmp_path, num=2, batch=1)
     for process in done:
         assert process.returncode != 0
         assert "2 processes cannot share a batch of 1 rows: start at most 1, or raise train.batch" in process.stderr

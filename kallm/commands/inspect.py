@@ -1,15 +1,14 @@
 """The command that draws what one cell learned: inspect."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kallm.errors import WrongConfiguration
-from kallm.options import DEFAULT_STORE, StoreOption, find_plan
+from kallm.options import DEFAULT_STORE, StoreOption, find_plan_of, find_studies
 from kallm.results.logs import find_cell
-from kallm.results.record import EvaluationRecord, Items, StudyDocument, evaluation_key, read_items, read_record
+from kallm.results.record import EvaluationRecord, Items, evaluation_key, read_items, read_record
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 
@@ -56,7 +55,7 @@ def inspect(
 
 def _read_layers(store: Store, cell: str) -> Items | None:
     """Return what the suite left of a cell, whichever study asked for it; None where none has run it."""
-    for document in _list_studies(store, cell):
+    for document in find_studies(store, cell):
         for suite in (suite for suite in document.suites if suite.name == "edges"):
             record = read_record(store, EvaluationRecord, evaluation_key(cell, suite.id))
             if record is not None:
@@ -66,21 +65,7 @@ def _read_layers(store: Store, cell: str) -> Items | None:
 
 def _describe(store: Store, cell: str) -> Items:
     """Load a cell's weights and describe its layers, as the first study that names it says."""
-    document = next(_list_studies(store, cell), None)
-    if document is None:
-        raise WrongConfiguration(
-            f"no study in {store.address} names {cell}: 'kallm run' of its study leaves study.json"
-        )
-    plan = find_plan(store, f"{document.name}.{document.hash}", snapshots=True)
+    plan = find_plan_of(store, cell)
     from kallm.run.inspection import describe_cell
 
     return describe_cell(plan, next(each for each in plan.cells if each.id == cell), store)
-
-
-def _list_studies(store: Store, cell: str) -> Iterator[StudyDocument]:
-    """Yield the studies that name a cell."""
-    for entry in store.list("studies/"):
-        if entry.key.endswith("/study.json"):
-            document = read_record(store, StudyDocument, entry.key)
-            if document is not None and any(each.id == cell for each in document.cells):
-                yield document

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kallm.errors import WrongConfiguration
-from kallm.options import DEFAULT_STORE, StoreOption, find_plan
+from kallm.options import DEFAULT_STORE, StoreOption, find_plan_of
 from kallm.results.card import write_card
 from kallm.results.logs import find_cell
-from kallm.results.record import StudyDocument, read_record
 from kallm.store.opening import open_store
 from kallm.store.store import Store
 
@@ -122,23 +120,13 @@ def _opened(named: str, store: str) -> "Iterator[tuple[Plan, Cell, Store, Traine
     """Find a cell and the study that names it, and build its model."""
     opened = open_store(store)
     cell = find_cell(opened, named)
-    plan = _plan_of(opened, cell)
+    plan = find_plan_of(opened, cell)
     found = next(each for each in plan.cells if each.id == cell)
     from kallm.run.trained import open_trained, read_training
 
     read_training(opened, found)
     with open_trained(plan, found, opened) as trained:
         yield plan, found, opened, trained
-
-
-def _plan_of(store: Store, cell: str) -> "Plan":
-    """Return the plan of the first study that names a cell."""
-    for entry in store.list("studies/"):
-        if entry.key.endswith("/study.json"):
-            document = read_record(store, StudyDocument, entry.key)
-            if document is not None and any(each.id == cell for each in document.cells):
-                return find_plan(store, f"{document.name}.{document.hash}", snapshots=True)
-    raise WrongConfiguration(f"no study in {store.address} names {cell}: 'kallm run' of its study leaves study.json")
 
 
 def _lines() -> Iterator[str]:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from kallm.evaluate.heldout import ROWS, HeldoutText, compute_logits, compute_states, read_heldout
 from kallm.evaluate.score import Score
 from kallm.evaluate.suites import Context, Evaluation, Progress, RetainedSettings, Subject
-from kallm.model.trunk import Tail, WholeTail
 
 __all__ = ["RetainedText", "prepare"]
 
@@ -34,7 +33,8 @@ class RetainedText:
 
     def score(self, subject: Subject, progress: Progress, stop: Callable[[], None]) -> Evaluation:
         """Score one subject; both tails read the same output of the trunk."""
-        original = Subject(subject.model, _copy_tail(subject), subject.tokenizer)
+        # a copy like every cell's, so that an untouched one computes the very same bits
+        original = Subject(subject.model, subject.tail.pretrained(subject.model).eval(), subject.tokenizer)
         items = []
         for index, name in enumerate(self.text.ids):
             stop()
@@ -53,14 +53,6 @@ def prepare(settings: RetainedSettings, context: Context) -> RetainedText:
         WrongConfiguration: there are no conversations, or the tokenizer has no chat template.
     """
     return RetainedText(read_heldout(context, "retained", max_tokens=settings.max_tokens))
-
-
-def _copy_tail(subject: Subject) -> Tail:
-    """Return the original tail as a copy like every cell's, so that an untouched one computes the very same bits."""
-    model, tail = subject.model, subject.tail
-    if isinstance(tail, WholeTail):
-        return WholeTail(model, len(tail.blocks), tied=False, masks=tail.masks).eval()
-    return Tail(model, tail.cut, masks=tail.masks).eval()
 
 
 def _sum_kl(

@@ -10,6 +10,7 @@ Legend: N rows, D inputs, O outputs, F functions of all inputs, K of one input, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -69,8 +70,9 @@ class Edges:
         self._inputs = self.rows - self.rows.mean(dim=0)
         self._outputs = self._functions @ self._weight.T
 
+    @cached_property
     def variances(self) -> Float[Tensor, "O D"]:
-        """Return the variance of what each edge adds: c_oi' C_i c_oi with the covariance C_i of input i's functions."""
+        """The variance of what each edge adds: c_oi' C_i c_oi with the covariance C_i of input i's functions."""
         found = self._weight.new_zeros(self.layer.out_features, self.layer.in_features)
         constants = self._num_constants
         for branch in self._branches:
@@ -82,7 +84,7 @@ class Edges:
 
     def rank(self, count: int) -> list[StrongEdge]:
         """Return the edges whose contributions vary most, strongest first; among equals by output, then input."""
-        variances = self.variances()
+        variances = self.variances
         outputs = self._outputs.square().mean(dim=0)
         order = torch.argsort(variances.flatten(), descending=True, stable=True)[:count]
         found = []
@@ -132,7 +134,7 @@ class Edges:
 
     def _keep(self, share: float) -> Float[Tensor, "N O"]:
         """Return the outputs of the strongest edges alone, centred."""
-        variances = self.variances()
+        variances = self.variances
         count = max(1, round(share * variances.numel()))
         kept = torch.zeros_like(variances).flatten()
         kept[torch.argsort(variances.flatten(), descending=True, stable=True)[:count]] = 1

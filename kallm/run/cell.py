@@ -69,8 +69,7 @@ def run_cell(
         if not attempt.claim(clock):
             return False
         with attempt, materials.autocast():
-            for suite_id in materials.plan.suites:  # what cannot be asked is named before anything is trained
-                materials.prepared(suite_id)
+            materials.prepare_suites()
             tail, weights = _trained_tail(cell, store, materials, reporter, stop, attempt, shared=shared)
             parts.advance()
             for suite_id in materials.plan.suites:

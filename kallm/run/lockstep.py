@@ -59,8 +59,7 @@ def train_together(
     """
     diverged: list[str] = []
     with materials.autocast():
-        for suite_id in materials.plan.suites:  # what cannot be asked is named before anything is trained
-            materials.prepared(suite_id)
+        materials.prepare_suites()
         with _opened(cells, store, materials, reporter, stop, clock) as members:
             while members:
                 for member in _next_step(members, materials, stop):

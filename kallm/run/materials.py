@@ -125,19 +125,25 @@ class Materials:
     def rows(self) -> list[Row]:
         """The packed corpus, equal for all seeds."""
         recipe = self.plan.study.train
-        padding = self.tokenizer.pad_token_id
-        rows = pack(
-            self.dialogues.train,
-            lambda conversation: encode(self.tokenizer, conversation),
-            length=recipe.length,
-            num_tokens=recipe.tokens,
-            padding_id=self.tokenizer.eos_token_id if padding is None else padding,
-            long_documents=recipe.long_documents,
-            tell=self.reporter.say,
-        )
+        rows = self.pack(self.dialogues.train, recipe.tokens, tell=self.reporter.say)
         supervised = sum(row.num_supervised for row in rows)
         self.reporter.say(f"corpus: {len(rows)} rows of {recipe.length} tokens, {supervised:,} supervised")
         return rows
+
+    def pack(
+        self, conversations: Sequence[Conversation], num_tokens: int, *, tell: Callable[[str], None] = lambda text: None
+    ) -> list[Row]:
+        """Return conversations packed as the recipe says, up to so many tokens."""
+        recipe, padding = self.plan.study.train, self.tokenizer.pad_token_id
+        return pack(
+            conversations,
+            lambda conversation: encode(self.tokenizer, conversation),
+            length=recipe.length,
+            num_tokens=num_tokens,
+            padding_id=self.tokenizer.eos_token_id if padding is None else padding,
+            long_documents=recipe.long_documents,
+            tell=tell,
+        )
 
     @property
     def hidden(self) -> HiddenCache | TrunkPass:
@@ -177,6 +183,11 @@ class Materials:
             CalibrationRow(hidden[i], self.rows[i].passage.position_ids, self.rows[i].targets != IGNORED)
             for i in chosen
         ]
+
+    def prepare_suites(self) -> None:
+        """Prepare every suite, so that what cannot be asked is named before anything is trained."""
+        for suite_id in self.plan.suites:
+            self.prepared(suite_id)
 
     def prepared(self, suite_id: str) -> Prepared:
         """Return a suite's prepared items, with the trunk's output where the suite uses it."""

@@ -11,8 +11,7 @@ from functools import cached_property
 
 import torch
 
-from kallm.data.dialogues import Conversation
-from kallm.data.packing import Row, encode, pack
+from kallm.data.packing import Row
 from kallm.data.validation import split_validation
 from kallm.errors import Diverged
 from kallm.model.cache import TrunkPass
@@ -26,8 +25,7 @@ from kallm.run.training import receipt_of
 from kallm.store.store import Store
 from kallm.study.plan import Cell
 from kallm.train.attention import training_attention
-from kallm.train.loop import Progress, Trainer, make_optimizer
-from kallm.train.workers import Workers
+from kallm.train.loop import Progress, Trainer, make_optimizer, train
 
 __all__ = ["Trials", "choose_rate"]
 
@@ -59,14 +57,14 @@ def choose_rate(
         Diverged: every trial did; the cell's record says so.
         WrongConfiguration: there are too few conversations to judge by.
     """
-    recipe, workers = materials.plan.study.train, Workers()
+    recipe, workers = materials.plan.study.train, materials.workers
     if cell.choice is None:
         return recipe.rate
     key = choice_key(cell.choice)
     record = read_record(store, ChoiceRecord, key)
     if workers.any_is(record is None):
         with torch.random.fork_rng(devices=[]):
-            _make_choice(cell.choice, store, Trials(cell, materials, reporter, stop, workers), after_trial)
+            _make_choice(cell.choice, store, Trials(cell, materials, reporter, stop), after_trial)
         record = read_record(store, ChoiceRecord, key)
     assert record is not None
     told = ", ".join(f"{t.lr:g} {'diverged' if t.nats is None else f'gave {t.nats:.4f}'}" for t in record.trials)
@@ -81,15 +79,15 @@ def choose_rate(
 class Trials:
     """Short trainings of one variant at different learning rates, on the same batches and from the same start."""
 
-    def __init__(self, cell: Cell, materials: Materials, reporter: Reporter, stop: Stop, workers: Workers) -> None:
-        self.cell, self.materials, self.workers = cell, materials, workers
+    def __init__(self, cell: Cell, materials: Materials, reporter: Reporter, stop: Stop) -> None:
+        self.cell, self.materials, self.workers = cell, materials, materials.workers
         self.recipe = materials.plan.study.train
         self._reporter, self._stop = reporter, stop
         dialogues = materials.dialogues.train
         self.tried, self.judged = split_validation(materials.plan.dialogues, dialogues)
         tokens = max(self.recipe.length, math.ceil(self.recipe.lr_share * self.recipe.tokens))
-        self.rows = self._pack(self.tried, tokens)
-        self.judging = self._pack(self.judged, min(tokens, _MOST_JUDGED_TOKENS))
+        self.rows = materials.pack(self.tried, tokens)
+        self.judging = materials.pack(self.judged, min(tokens, _MOST_JUDGED_TOKENS))
 
     @property
     def validation(self) -> dict[str, int]:
@@ -121,8 +119,11 @@ class Trials:
             )
             nats, cause = None, None
             try:
-                while not trainer.is_done:
-                    tracker.advance(int(trainer.advance(self._stop)["tokens"]))
+                train(
+                    trainer,
+                    after_step=lambda _, figures: tracker.advance(int(figures["tokens"])),
+                    stop=self._stop,
+                )
                 nats = self._judge(tail, optimizer, flat=flat)
             except Diverged as error:
                 cause = str(error)
@@ -157,18 +158,6 @@ class Trials:
 
     def _pass(self, rows: Sequence[Row]) -> TrunkPass:
         return TrunkPass(self.materials.trunk_pass.trunk, [row.passage for row in rows])
-
-    def _pack(self, conversations: Sequence[Conversation], num_tokens: int) -> list[Row]:
-        tokenizer = self.materials.tokenizer
-        padding = tokenizer.pad_token_id
-        return pack(
-            conversations,
-            lambda conversation: encode(tokenizer, conversation),
-            length=self.recipe.length,
-            num_tokens=num_tokens,
-            padding_id=tokenizer.eos_token_id if padding is None else padding,
-            long_documents=self.recipe.long_documents,
-        )
 
 
 def _make_choice(choice: str, store: Store, trials: Trials, after_trial: Callable[[], None]) -> None:
@@ -228,6 +217,6 @@ def _end_diverged(cell: Cell, choice: ChoiceRecord, store: Store, materials: Mat
         choice=choice_key(choice.choice),
         receipt=receipt_of(materials.plan),
     )
-    if Workers().is_main:
+    if materials.workers.is_main:
         store.create(cell_key(cell.id, "trained.json"), record.to_bytes())
     return Diverged(cause)

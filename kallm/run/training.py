@@ -26,7 +26,6 @@ from kallm.train.checkpoint import load_checkpoint, load_weights, save_checkpoin
 from kallm.train.loop import Hidden, Progress, Trainer, make_optimizer
 from kallm.train.measurement import peak_resident
 from kallm.train.reporting import Reports
-from kallm.train.workers import Workers
 
 __all__ = ["Training", "load_trained", "receipt_of"]
 
@@ -58,7 +57,7 @@ class Training:
         self.materials, self.reporter, self.stop, self.attempt = materials, reporter, stop, attempt
         self.recipe = materials.plan.study.train.at(lr)
         self.optimizer = make_optimizer(tail, self.recipe)
-        self.workers = Workers()
+        self.workers = materials.workers
         self.metrics: list[str] = []
 
     def run(self, *, shared: bool) -> TrainingRecord:
