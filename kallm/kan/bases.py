@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kallm.kan.basis import Basis, Blocks, centred
+from kallm.kan.basis import Basis, Blocks, can_write_into, centred
 from kallm.kan.layerspec import BASIS_SETTINGS, BasisSpec
 from kallm.kan.polynomials import Chebyshev1, Chebyshev2, Gegenbauer, Hermite, Jacobi, Legendre, Monomial
 
@@ -56,60 +56,75 @@ class BSpline(Basis):
         self.unit = -order * self._per_unit * self._weights[0]
 
     def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
-        reaches = self._reaches(self._offsets(t).abs_())
-        return self._sum([reach.pow(self._order) for reach in reaches], centres)
+        return self._sum(*self._reaches_and_powers(self._offsets(t).abs_()), centres)
+
+    def write(self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]) -> None:
+        self._sum(*self._reaches_and_powers(self._offsets(t).abs_()), centres, out=blocks)
 
     def with_slopes(
         self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
     ) -> tuple[Blocks, Blocks]:
-        values, slopes = self._with_slopes_inside(t, centres)
-        return values, slopes.mul_(_inside(t))
+        offset = self._offsets(t)
+        reaches, powers = self._reaches_and_powers(offset.abs())
+        slopes = _zero_outside(self._slopes_(powers, offset), t)
+        return self._sum(reaches, powers, centres), slopes
 
     def pull_back_(
         self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]
     ) -> Float[Tensor, "n d"]:
-        values, slopes = self._with_slopes_inside(t, centres)
-        total = slopes.mul_(blocks).sum(dim=0).mul_(_inside(t))
-        blocks.copy_(values)
-        return total
-
-    def _with_slopes_inside(
-        self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None
-    ) -> tuple[Tensor, Tensor]:
         offset = self._offsets(t)
-        reaches = self._reaches(offset.abs())
-        powers = [reach.pow(self._order - 1) if self._order > 1 else reach.sign() for reach in reaches]
-        values = self._sum([reach.mul_(power) for reach, power in zip(reaches, powers, strict=True)], centres)
-        slopes = powers[0]
-        for power, weight in zip(powers[1:], self._weights[1:], strict=True):
-            slopes.add_(power, alpha=weight / self._weights[0])
-        return values, slopes.mul_(offset.sign_())
+        reaches, powers = self._reaches_and_powers(offset.abs())
+        total = _zero_outside(self._slopes_(powers, offset).mul_(blocks).sum(dim=0), t)
+        self._sum(reaches, powers, centres, out=blocks)
+        return total
 
     def _offsets(self, t: Float[Tensor, "... D"]) -> Float[Tensor, "K ... D"]:
         """Return the distance, in intervals, from the middle of every function."""
-        middles = torch.arange(self.size, device=t.device, dtype=t.dtype) - (self._order - 3) / 2
-        return (t.clamp(-1, 1) + 1).mul(self._per_unit) - middles.view(-1, *[1] * t.ndim)
+        first = -(self._order - 3) / 2 - self._per_unit
+        middles = torch.arange(first, first + self.size, device=t.device, dtype=t.dtype)
+        return t.clamp(-1, 1).mul_(self._per_unit) - middles.view(-1, *[1] * t.ndim)
 
-    def _reaches(self, distance: Float[Tensor, "K ... D"]) -> list[Tensor]:
-        """Return max(e - distance, 0) for the ends e of the truncated powers of M_p's half."""
+    def _reaches_and_powers(self, distance: Float[Tensor, "K ... D"]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return max(e - distance, 0) for the ends e of M_p's half, and their powers p - 1."""
         reaches = [torch.rsub(distance, (self._order + 1) / 2).clamp_min_(0)]
         for _ in self._weights[1:]:
             reaches.append(F.softshrink(reaches[-1], 1.0))  # max(reach - 1, 0) in one pass
-        return reaches
+        return reaches, [reach.pow(self._order - 1) if self._order > 1 else reach.sign() for reach in reaches]
 
-    def _sum(self, powers: list[Tensor], centres: Float[Tensor, "K D"] | None) -> Float[Tensor, "K ... D"]:
-        start = (
-            powers[0].new_zeros(()) if centres is None else -centres.view(self.size, *[1] * (powers[0].ndim - 2), -1)
+    def _slopes_(self, powers: list[Tensor], offset: Float[Tensor, "K ... D"]) -> Float[Tensor, "K ... D"]:
+        """Return the derivatives over ``unit`` inside the grid; the offset is lost."""
+        slopes, *others = powers
+        for power, weight in zip(others, self._weights[1:], strict=True):
+            slopes = torch.add(slopes, power, alpha=weight / self._weights[0])
+        return offset.sign_().mul_(slopes)
+
+    def _sum(
+        self,
+        reaches: list[Tensor],
+        powers: list[Tensor],
+        centres: Float[Tensor, "K D"] | None,
+        out: Float[Tensor, "K ... D"] | None = None,
+    ) -> Float[Tensor, "K ... D"]:
+        """Return the functions less their centres, or write them, rounded once."""
+        total = (
+            reaches[0].new_zeros(())
+            if centres is None
+            else -centres.view(len(centres), *[1] * (reaches[0].ndim - 2), -1)
         )
-        total = torch.add(start, powers[0], alpha=self._weights[0])
-        for power, weight in zip(powers[1:], self._weights[1:], strict=True):
-            total.add_(power, alpha=weight)
-        return total
+        *inner, (reach, power, weight) = zip(reaches, powers, self._weights, strict=True)
+        for each, its_power, its_weight in inner:
+            total = torch.addcmul(total, each, its_power, value=its_weight)
+        if out is not None and can_write_into(out, power.dtype):
+            return torch.addcmul(total, reach, power, value=weight, out=out)
+        total = torch.addcmul(total, reach, power, value=weight)
+        return total if out is None else out.copy_(total)
 
 
-def _inside(t: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """Return 1 where t is on the grid, else 0."""
-    return (t.abs() <= 1).to(t.dtype)
+def _zero_outside(grad: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """Return the gradient where t is on the grid, its ends included, else 0; by torch's own clamp, in one pass."""
+    beyond = 1 + torch.finfo(torch.float32).eps
+    pulled: Tensor = torch.ops.aten.hardtanh_backward(grad, t.expand_as(grad), -beyond, beyond)
+    return pulled
 
 
 class _Bumps(Basis):

@@ -225,7 +225,7 @@ def _functions(
     for branch in branches:
         own_scale, centres = branch.inputs(scale), branch.blocks(mean[None])[:, 0]
         for rows in slices:
-            t = branch.squash.value(branch.inputs(x[rows]).to(inner) * own_scale)
+            t = branch.squash.value_(_scaled(branch.inputs(x[rows]), own_scale))
             branch.basis.write(branch.blocks(table[rows]), t, centres)
     return table
 
@@ -247,20 +247,26 @@ def _pull_back_(
         own_scale, centres = branch.inputs(scale), branch.blocks(mean[None])[:, 0]
         factor = own_scale * branch.basis.unit
         for rows in slices:
-            exact = branch.inputs(x[rows]).to(inner)
-            z = exact * own_scale
-            t = branch.squash.value(z)
+            z = _scaled(branch.inputs(x[rows]), own_scale)
+            t = branch.squash.value_(z)
             grad_z = branch.squash.pull_back(z, t, branch.basis.pull_back_(branch.blocks(pulled[rows]), t, centres))
             if grad_scale is not None:
+                exact = branch.inputs(x[rows]).to(inner)
                 branch.inputs(grad_scale).add_((grad_z * exact).sum(dim=0), alpha=branch.basis.unit)
             _write_product(branch.inputs(grad_x[rows]), grad_z, factor)
 
 
+def _scaled(x: Float[Tensor, "n d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
+    """Return x times scale in scale's dtype, in memory of its own."""
+    return x * scale if x.dtype is scale.dtype else x.to(scale.dtype).mul_(scale)
+
+
 def _write_product(out: Float[Tensor, "n d"], values: Float[Tensor, "n d"], factor: Float[Tensor, " d"]) -> None:
+    """Write values times factor, rounded once; the values may be written over."""
     if can_write_into(out, values.dtype):
         torch.mul(values, factor, out=out)
     else:
-        out.copy_(values * factor)
+        out.copy_(values.mul_(factor))
 
 
 def _inner(x: Tensor) -> torch.dtype:

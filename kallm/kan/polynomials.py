@@ -52,11 +52,14 @@ class Polynomials(Basis):
         return centred(values, centres), slopes
 
     def write(self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]) -> None:
-        if self.size > 2 or not can_write_into(blocks, t.dtype):
+        if self.size > 2:
             super().write(blocks, t, centres)
             return
+        straight = can_write_into(blocks, t.dtype)
         for low, centre, block in zip(self._lowest, centres, blocks.unbind(), strict=True):
-            _quadratic(t, *low, centre, out=block)
+            value = _quadratic(t, *low, centre, out=block if straight else None)
+            if not straight:
+                block.copy_(value)
 
     def pull_back_(
         self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]
@@ -64,10 +67,10 @@ class Polynomials(Basis):
         if self.size != 2:
             return super().pull_back_(blocks, t, centres)
         _, linear, square = self._lowest[1]
-        first, second = blocks.to(t.dtype)
-        total = torch.addcmul(first, t, second, value=2 * square / self.unit)
+        total = blocks[0].to(t.dtype, copy=True)  # the functions are written over it
+        total.addcmul_(t, blocks[1].to(t.dtype), value=2 * square / self.unit)
         if linear:
-            total.add_(second, alpha=linear / self.unit)
+            total.add_(blocks[1].to(t.dtype), alpha=linear / self.unit)
         self.write(blocks, t, centres)
         return total
 

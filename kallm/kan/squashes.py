@@ -18,11 +18,13 @@ class Squashing:
 
     Attributes:
         value: t for z.
-        pull_back: the gradient of z for (z, t, gradient of t), finite everywhere.
+        value_: the same, and z may be written over, where ``pull_back`` does not read it.
+        pull_back: the gradient of z for (z, t, gradient of t), finite everywhere; the last may be written over.
         spread: the root mean square of z that calibration aims at, so that t fills [-1, 1].
     """
 
     value: Callable[[Tensor], Tensor]
+    value_: Callable[[Tensor], Tensor]
     pull_back: Callable[[Tensor, Tensor, Tensor], Tensor]
     spread: float
 
@@ -43,8 +45,11 @@ def _none(z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
 
 
 def _pull_tanh(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
-    pulled: Tensor = torch.ops.aten.tanh_backward(grad, t)
-    return pulled
+    if torch.compiler.is_compiling():
+        pulled: Tensor = torch.ops.aten.tanh_backward(grad, t)
+        return pulled
+    torch.ops.aten.tanh_backward.grad_input(grad, t, grad_input=grad)
+    return grad
 
 
 def _pull_algebraic(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
@@ -60,8 +65,8 @@ def _pull_none(z: Tensor, t: Tensor, grad: Tensor) -> Tensor:
 
 
 SQUASHES: dict[Squash, Squashing] = {
-    "tanh": Squashing(torch.tanh, _pull_tanh, spread=1.0),
-    "algebraic": Squashing(_algebraic, _pull_algebraic, spread=1.0),
-    "clamp": Squashing(_clamp, _pull_clamp, spread=0.5),
-    "none": Squashing(_none, _pull_none, spread=0.5),
+    "tanh": Squashing(torch.tanh, torch.tanh_, _pull_tanh, spread=1.0),
+    "algebraic": Squashing(_algebraic, _algebraic, _pull_algebraic, spread=1.0),
+    "clamp": Squashing(_clamp, _clamp, _pull_clamp, spread=0.5),
+    "none": Squashing(_none, _none, _pull_none, spread=0.5),
 }
