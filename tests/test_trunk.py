@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from kallm.errors import WrongConfiguration
 from kallm.model.cache import HiddenCache
-from kallm.model.passage import Passage, apart
+from kallm.model.packed import masked
+from kallm.model.passage import Passage
 from kallm.model.trunk import assembled, split
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
@@ -24,11 +25,11 @@ def packed(lengths: list[int], vocabulary: int = VOCABULARY) -> Passage:
     return Passage(ids, torch.cat([torch.arange(length) for length in lengths]))
 
 
-def whole_logits(model: PreTrainedModel, passage: Passage, *, masks: bool) -> Tensor:
-    """Return the whole model's logits; a mask holds documents apart where positions do not."""
+def whole_logits(model: PreTrainedModel, passage: Passage, *, masks: bool = False) -> Tensor:
+    """Return the whole model's logits with the attention that trunk and tail have."""
     ids, positions = passage.input_ids[None], passage.position_ids[None]
-    mask = apart(positions)[:, None] if masks else None
-    return model(ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    with masked(model.config, positions, always=masks) as mask:
+        return model(ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
@@ -59,7 +60,7 @@ def test_the_real_model_splits_bitwise(real_model) -> None:
     trunk, tail = split(real_model, 5)
     passage = packed([20, 13], vocabulary=49152)
     with torch.no_grad():
-        whole = real_model(passage.input_ids[None], position_ids=passage.position_ids[None], use_cache=False).logits
+        whole = whole_logits(real_model, passage)
         parts = tail.head(tail.eval()(trunk(passage)[None], passage.position_ids[None]))
     assert torch.equal(whole, parts)
     assert sum(parameter.numel() for parameter in tail.parameters()) == 46_012_608

@@ -26,6 +26,8 @@ __all__ = ["FREE_SHARE", "HiddenCache", "TrunkPass", "free_disk_bytes", "kept_by
 FREE_SHARE = 0.8
 """Of a disk's free bytes, what a cache may take: checkpoints and other programs need some too."""
 
+_VERSION = 2
+"""Counts up when the code changes a number that a trunk gives."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -186,7 +188,7 @@ class HiddenCache:
 def _paths(trunk: Trunk, passages: Sequence[Passage], folder: Path, model: str) -> tuple[Path, Path]:
     """Return the files of the values and of their checksums, named by what the values depend on."""
     dtype = next(trunk.body.parameters()).dtype
-    content = hashlib.sha256(f"{model} {trunk.cut} {dtype} {torch.__version__}".encode())
+    content = hashlib.sha256(f"{_VERSION} {model} {trunk.cut} {dtype} {torch.__version__}".encode())
     for passage in passages:
         content.update(passage.fingerprint().encode())
     stem = folder / content.hexdigest()[:24]

@@ -24,6 +24,7 @@ from kallm.model.blocks import (
     whole_names,
     with_blocks,
 )
+from kallm.model.packed import masked
 from kallm.model.passage import Passage, apart, trial_passage
 from kallm.model.whole import (
     OwnHead,
@@ -34,8 +35,6 @@ from kallm.model.whole import (
 )
 
 __all__ = ["Passage", "Tail", "Trunk", "WholeTail", "assembled", "split"]
-
-_TAKE_MASKS = ("sdpa",)
 
 
 class Trunk(nn.Module):
@@ -64,14 +63,13 @@ class Trunk(nn.Module):
         device = next(self.body.parameters()).device
         positions = passage.position_ids[None].to(device)
         mask = None if passage.mask is None else passage.mask[None].to(device)
-        if mask is None and self.masks:
-            mask = apart(positions)
-        hidden: Tensor = self.body(
-            input_ids=passage.input_ids[None].to(device),
-            position_ids=positions,
-            attention_mask=None if mask is None else mask[:, None],
-            use_cache=False,
-        ).last_hidden_state
+        with masked(self.body.config, positions, mask, always=self.masks) as given:
+            hidden: Tensor = self.body(
+                input_ids=passage.input_ids[None].to(device),
+                position_ids=positions,
+                attention_mask=given,
+                use_cache=False,
+            ).last_hidden_state
         return hidden[0]
 
 
@@ -130,14 +128,10 @@ class Tail(nn.Module):
         mask: Bool[Tensor, "B T T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the normalised last hidden states, [B, T, D], of a trunk's output; ``head`` makes logits of them."""
-        if mask is None and self.masks and self.body.config._attn_implementation in _TAKE_MASKS:
-            mask = apart(position_ids)
-        out: Tensor = self.body(
-            inputs_embeds=hidden,
-            position_ids=position_ids,
-            attention_mask=None if mask is None else mask[:, None],
-            use_cache=False,
-        ).last_hidden_state
+        with masked(self.body.config, position_ids, mask, always=self.masks) as given:
+            out: Tensor = self.body(
+                inputs_embeds=hidden, position_ids=position_ids, attention_mask=given, use_cache=False
+            ).last_hidden_state
         return out
 
     def pretrained(self, model: PreTrainedModel) -> "Tail":
