@@ -51,7 +51,8 @@ def find_cell(store: Store, named: str) -> str:
         return named if named in found else found[0]
     if found:
         raise WrongConfiguration(f"'{named}' is the beginning of {len(found)} cells: {', '.join(found)}; write more")
-    raise WrongConfiguration(f"unknown cell '{named}' in {store.address}: {did_you_mean(named, known)}")
+    short = {cell.rpartition(".")[0] for cell in known}  # their hashes hide which name is near
+    raise WrongConfiguration(f"unknown cell '{named}' in {store.address}: {did_you_mean(named, short)}")
 
 
 def read_attempts(store: Store, cell: str) -> list[AttemptLog]:
