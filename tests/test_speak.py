@@ -173,7 +173,7 @@ def test_a_chat_on_a_terminal_is_left_with_0(ending: bytes, finished: Finished) 
     seen += read_until(ours, b"> ")
     if ending == b"\x03":  # the terminal controls no session, so that the key alone sends nothing
         # Python notices a signal that comes between its last look and the blocking read only with the next key
-        while psutil.Process(chat.pid).status() != psutil.STATUS_SLEEPING:
+        while chat.poll() is None and psutil.Process(chat.pid).status() != psutil.STATUS_SLEEPING:
             time.sleep(0.01)
         chat.send_signal(signal.SIGINT)
     else:
