@@ -114,10 +114,9 @@ class BSpline(Basis):
         *inner, (reach, power, weight) = zip(reaches, powers, self._weights, strict=True)
         for each, its_power, its_weight in inner:
             total = torch.addcmul(total, each, its_power, value=its_weight)
-        if out is not None and can_write_into(out, power.dtype):
-            return torch.addcmul(total, reach, power, value=weight, out=out)
-        total = torch.addcmul(total, reach, power, value=weight)
-        return total if out is None else out.copy_(total)
+        straight = out is not None and can_write_into(out, power.dtype)
+        total = torch.addcmul(total, reach, power, value=weight, out=out if straight else None)
+        return total if out is None or straight else out.copy_(total)
 
 
 def _zero_outside(grad: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
