@@ -8,7 +8,6 @@ from abc import abstractmethod
 from math import comb, factorial, pi
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,80 +42,115 @@ class Fourier(Basis):
 class BSpline(Basis):
     """B-splines of any order on a uniform grid over [-1, 1]; outside, the value at the nearer end (de Boor 1978).
 
-    With p = order and s = size + 1 - p intervals of width h = 2/s, the functions are M_p((t + 1)/h + p - j) for
+    With p = order and s = size + 1 - p intervals of width 2/s, the functions are M_p((t + 1) s/2 + p - j) for
     j = 1 … size, where M_p(v) = Σ_m (-1)^m C(p+1, m) max(v - m, 0)^p / p!. The one for j = 0 is left out: together
-    they sum to 1, so that it is the constant's. M_p is symmetric, and only its left half is summed: no cancellation.
+    they sum to 1, so that it is the constant's. In an interval the p + 1 functions that are not 0 are the polynomial
+    pieces of M_p, which are computed once for every input, and placed by the interval's number.
     """
 
     def __init__(self, *, size: int, order: int | None = None) -> None:
         self.size = size
-        self._order = order = min(3, size) if order is None else order
-        self._per_unit = (size + 1 - order) / 2
-        self._weights = [(-1) ** m * comb(order + 1, m) / factorial(order) for m in range(order // 2 + 1)]
-        self.unit = -order * self._per_unit * self._weights[0]
+        self._order = min(3, size) if order is None else order
+        self._num_intervals = size + 1 - self._order
+        self._pieces = [_piece(k, self._order) for k in range(self._order // 2 + 1)]
+        self._slopes = [[i * a for i, a in enumerate(piece)][1:] for piece in self._pieces]
+        self.unit = self._num_intervals / 2
 
     def values(self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None) -> Blocks:
-        return self._sum(*self._reaches_and_powers(self._offsets(t).abs_()), centres)
+        return self._values(*self._place(t), centres)
 
     def write(self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]) -> None:
-        self._sum(*self._reaches_and_powers(self._offsets(t).abs_()), centres, out=blocks)
+        self._write(blocks, *self._place(t), centres)
 
     def with_slopes(
         self, t: Float[Tensor, "... D"], centres: Float[Tensor, "K D"] | None = None
     ) -> tuple[Blocks, Blocks]:
-        offset = self._offsets(t)
-        reaches, powers = self._reaches_and_powers(offset.abs())
-        slopes = _zero_outside(self._slopes_(powers, offset), t)
-        return self._sum(reaches, powers, centres), slopes
+        place, interval = self._place(t)
+        return self._values(place, interval, centres), _zero_outside(self._all_slopes(place, interval), t)
 
     def pull_back_(
         self, blocks: Float[Tensor, "K n d"], t: Float[Tensor, "n d"], centres: Float[Tensor, "K d"]
     ) -> Float[Tensor, "n d"]:
-        offset = self._offsets(t)
-        reaches, powers = self._reaches_and_powers(offset.abs())
-        total = _zero_outside(self._slopes_(powers, offset).mul_(blocks).sum(dim=0), t)
-        self._sum(reaches, powers, centres, out=blocks)
+        place, interval = self._place(t)
+        total = _zero_outside(self._all_slopes(place, interval).mul_(blocks).sum(dim=0), t)
+        self._write(blocks, place, interval, centres)
         return total
 
-    def _offsets(self, t: Float[Tensor, "... D"]) -> Float[Tensor, "K ... D"]:
-        """Return the distance, in intervals, from the middle of every function."""
-        first = -(self._order - 3) / 2 - self._per_unit
-        middles = torch.arange(first, first + self.size, device=t.device, dtype=t.dtype)
-        return t.clamp(-1, 1).mul_(self._per_unit) - middles.view(-1, *[1] * t.ndim)
+    def _place(self, t: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... D"], Float[Tensor, "I ... D"]]:
+        """Return the place in [0, 1] within its interval, and 1 for the interval that t lies in, 0 for the others."""
+        place = t.clamp(-1, 1).add_(1).mul_(self.unit)
+        number = place.floor().clamp_max_(self._num_intervals - 1)
+        numbers = torch.arange(self._num_intervals, device=t.device, dtype=t.dtype).view(-1, *[1] * t.ndim)
+        interval = t.new_empty((self._num_intervals, *t.shape))
+        return place.sub_(number), torch.eq(number, numbers, out=interval)  # not by way of bool, which is slow
 
-    def _reaches_and_powers(self, distance: Float[Tensor, "K ... D"]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return max(e - distance, 0) for the ends e of M_p's half, and their powers p - 1."""
-        reaches = [torch.rsub(distance, (self._order + 1) / 2).clamp_min_(0)]
-        for _ in self._weights[1:]:
-            reaches.append(F.softshrink(reaches[-1], 1.0))  # max(reach - 1, 0) in one pass
-        return reaches, [reach.pow(self._order - 1) if self._order > 1 else reach.sign() for reach in reaches]
-
-    def _slopes_(self, powers: list[Tensor], offset: Float[Tensor, "K ... D"]) -> Float[Tensor, "K ... D"]:
-        """Return the derivatives over ``unit`` inside the grid; the offset is lost."""
-        slopes, *others = powers
-        for power, weight in zip(others, self._weights[1:], strict=True):
-            slopes = torch.add(slopes, power, alpha=weight / self._weights[0])
-        return offset.sign_().mul_(slopes)
-
-    def _sum(
-        self,
-        reaches: list[Tensor],
-        powers: list[Tensor],
-        centres: Float[Tensor, "K D"] | None,
-        out: Float[Tensor, "K ... D"] | None = None,
+    def _values(
+        self, place: Float[Tensor, "... D"], interval: Float[Tensor, "I ... D"], centres: Float[Tensor, "K D"] | None
     ) -> Float[Tensor, "K ... D"]:
-        """Return the functions less their centres, or write them, rounded once."""
-        total = (
-            reaches[0].new_zeros(())
-            if centres is None
-            else -centres.view(len(centres), *[1] * (reaches[0].ndim - 2), -1)
-        )
-        *inner, (reach, power, weight) = zip(reaches, powers, self._weights, strict=True)
-        for each, its_power, its_weight in inner:
-            total = torch.addcmul(total, each, its_power, value=its_weight)
-        straight = out is not None and can_write_into(out, power.dtype)
-        total = torch.addcmul(total, reach, power, value=weight, out=out if straight else None)
-        return total if out is None or straight else out.copy_(total)
+        shape = (self.size, *place.shape)
+        if centres is None:
+            total = place.new_zeros(shape)
+        else:
+            total = (-centres).view(self.size, *[1] * (place.ndim - 1), -1).expand(shape).contiguous()
+        return self._add_pieces_(total, place, interval, self._pieces)
+
+    def _write(
+        self,
+        blocks: Float[Tensor, "K n d"],
+        place: Float[Tensor, "n d"],
+        interval: Float[Tensor, "I n d"],
+        centres: Float[Tensor, "K d"],
+    ) -> None:
+        if can_write_into(blocks, place.dtype):
+            self._add_pieces_(blocks.copy_(-centres[:, None]), place, interval, self._pieces)
+        else:
+            blocks.copy_(self._values(place, interval, centres))
+
+    def _all_slopes(
+        self, place: Float[Tensor, "... D"], interval: Float[Tensor, "I ... D"]
+    ) -> Float[Tensor, "K ... D"]:
+        """Return the derivatives over ``unit``, those at the ends' outside included."""
+        total = place.new_zeros((self.size, *place.shape))
+        return self._add_pieces_(total, place, interval, self._slopes, mirrored=-1)
+
+    def _add_pieces_(
+        self,
+        total: Float[Tensor, "K ... D"],
+        place: Float[Tensor, "... D"],
+        interval: Float[Tensor, "I ... D"],
+        pieces: list[list[float]],
+        mirrored: int = 1,
+    ) -> Float[Tensor, "K ... D"]:
+        """Add to every function the piece that the interval shows of it; those of the right half are mirror images."""
+        rest = 1 - place
+        for k in range(self._order + 1):
+            left = k <= self._order // 2
+            piece = _horner(pieces[k], place) if left else _horner(pieces[self._order - k], rest)
+            first = self._order - k - 1  # the function whose piece k lies in interval 0, without the one left out
+            skipped = max(0, -first)
+            shown = total[first + skipped : first + self._num_intervals]
+            shown.addcmul_(interval[skipped:], piece, value=1 if left else mirrored)
+        return total
+
+
+def _piece(k: int, order: int) -> list[float]:
+    """Return the coefficients, lowest first, of M_order(k + f) as a polynomial in f on [0, 1]."""
+    return [
+        sum((-1) ** m * comb(order + 1, m) * comb(order, i) * (k - m) ** (order - i) for m in range(k + 1))
+        / factorial(order)
+        for i in range(order + 1)
+    ]
+
+
+def _horner(coefficients: list[float], x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """Return the polynomial with these coefficients, lowest first."""
+    *lower, highest = coefficients
+    if not any(lower):
+        return x.pow(len(lower)).mul_(highest)
+    total = (x * highest).add_(lower[-1])
+    for coefficient in reversed(lower[:-1]):
+        total = total.mul_(x).add_(coefficient)
+    return total
 
 
 def _zero_outside(grad: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

@@ -167,7 +167,8 @@ class _Recomputed(torch.autograd.Function):
             elif needs_weight:
                 functions = _functions(x[rows], scale, mean, ctx.branches, ctx.dtype)
             if needs_weight:
-                part = grad[rows].T @ functions
+                # as a batch of one: oneDNN takes a transposed bf16 factor a quarter faster there than in mm
+                part = torch.bmm(grad[rows].T[None], functions[None])[0]
                 grad_weight = part if grad_weight is None else grad_weight.to(_inner(x)).add_(part)
         return (
             grad_x if needs_x else None,

@@ -15,7 +15,7 @@ from kallm.train.probe import ProbeRequest
 
 __all__ = ["CALIBRATION_TOKENS", "NUMERICS", "Cell", "Cost", "Plan", "estimate_cost", "make_plan", "request_probe"]
 
-NUMERICS = 4
+NUMERICS = 5
 """Counts up when the code changes a trained weight: cells trained before keep their own keys."""
 
 CALIBRATION_TOKENS = 32_768
