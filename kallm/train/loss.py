@@ -91,10 +91,11 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = rows[part] @ weight.T
             for own, index in zip(torch.split(logits, step), torch.split(targets[part, None], step), strict=True):
                 slopes = own.float()
-                scale = slopes.logsumexp(dim=1, keepdim=True)
-                total += (scale - slopes.gather(1, index)).sum()
+                wanted, top = slopes.gather(1, index), slopes.amax(dim=1, keepdim=True)
+                mass = slopes.sub_(top).exp_().sum(dim=1, keepdim=True)
+                total += (mass.log() + top - wanted).sum()
                 if wants_hidden or wants_head:
-                    slopes.sub_(scale).exp_().scatter_add_(1, index, torch.full_like(scale, -1.0))
+                    slopes.div_(mass).scatter_add_(1, index, torch.full_like(mass, -1.0))
                     own.copy_(slopes)
             if hidden_grad is not None:
                 hidden_grad[part] = logits @ weight
