@@ -1,19 +1,30 @@
 """Metrics besides the store."""
 
 import importlib.util
+import json
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from kallm.errors import WrongConfiguration
+from kallm.train import reporting
 from kallm.train.recipe import Recipe
 from kallm.train.reporting import Reports, check_reporters
+from kallm.train.workers import Workers
+
+pytestmark = pytest.mark.usefixtures("workers")
+
+
+@pytest.fixture
+def workers() -> Workers:
+    """The processes of a training, which accelerate's trackers ask for."""
+    return Workers()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
-def test_a_package_that_is_missing_is_named_before_training(name: str) -> None:
-    if importlib.util.find_spec(name) is not None:
-        pytest.skip(f"{name} is installed")
+def test_a_package_that_is_missing_is_named_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
     with pytest.raises(WrongConfiguration, match=f"train.report_to names {name}, but the package {name} is not"):
         check_reporters(Recipe(tokens=1, report_to=[name]).report_to)
 
@@ -38,8 +49,24 @@ def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
 
 
 def test_trackio_gets_every_number_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio", reason="trackio is not installed")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("trackio is not installed")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
     with Reports(("trackio",), project="p", cell="c", folder=tmp_path, config={"a": 1}) as reports:
         reports.log({"loss": 0.5}, step=1)
-    assert list(tmp_path.rglob("*"))
+    (kept,) = tmp_path.rglob("p.db")
+    with sqlite3.connect(kept) as database:
+        assert [json.loads(row[0]) for row in database.execute("select metrics from metrics")] == [{"train/loss": 0.5}]
+
+
+def test_wandb_gets_every_number_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with Reports(("wandb",), project="some-project", cell="some-cell", folder=tmp_path, config={"a": 1}) as reports:
+        for step in (1, 2):
+            reports.log({"loss": step / 2, "batch": "0a1b"}, step=step)
+    (kept,) = tmp_path.glob("wandb/offline-run-*/run-some-cell.wandb")
+    said = kept.read_bytes()
+    assert all(word in said for word in (b"some-project", b"some-cell", b"train/loss"))
+    assert b"train/batch" not in said

@@ -1,7 +1,7 @@
 """Where a cell's metrics go besides the store: TensorBoard, W&B or trackio, through accelerate's trackers."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ def check_reporters(names: Sequence[ReportTo]) -> None:
         WrongConfiguration: one is not installed.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if find_spec(name) is None:
             raise WrongConfiguration(
                 f"train.report_to names {name}, but the package {name} is not installed: "
                 f"run 'pip install {name}', or take it out of train.report_to"
