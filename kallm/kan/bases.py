@@ -1,7 +1,7 @@
 """Bases: functions of one number, the constant left out, each with its slope.
 
 The constant function is the same for every input, so a layer keeps it in one bias. Functions are computed in float32
-(float64 for float64) and rounded once. Legend: D inputs, K basis functions.
+(float64 for float64) and rounded once. Legend: D inputs, K basis functions, I intervals of a grid.
 """
 
 from abc import abstractmethod
@@ -109,7 +109,7 @@ class BSpline(Basis):
     def _all_slopes(
         self, place: Float[Tensor, "... D"], interval: Float[Tensor, "I ... D"]
     ) -> Float[Tensor, "K ... D"]:
-        """Return the derivatives over ``unit``, those at the ends' outside included."""
+        """Return the derivatives over ``unit``; outside the grid those at its nearer end."""
         total = place.new_zeros((self.size, *place.shape))
         return self._add_pieces_(total, place, interval, self._slopes, mirrored=-1)
 
