@@ -60,6 +60,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
         batch=options.rows,
         micro_batch=options.micro or options.rows,
         precision=options.dtype,
+        compile=options.compile,
     )
 
 
