@@ -49,6 +49,8 @@ _VARIABLES = {INK: "--ink", FAINT: "--faint", RULE: "--rule", BAND: "--band"}
 _VARIABLES |= {colour: f"--c{index}" for index, colour in enumerate(COLOURS)}
 _MARKERS = "osD^vPXphd"
 WIDTH = 5.2
+_NAME_WIDTH = 0.3
+"""The share of an axis that a name may take."""
 _OUTLIER = 2.5
 """A value is shown at the edge, with an arrow, if leaving it out shrinks the span by this factor."""
 
@@ -154,22 +156,32 @@ def draw_references(axes: Axes, references: Sequence[Reference], column: str, sc
 
 def write_names(axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[str]) -> None:
     """Write each point's name to its right, moved apart vertically where names would lie on each other."""
+    low, high = axes.get_xlim()
+    columns: list[list[tuple[float, float, str, str]]] = []
+    for point, colour in sorted(zip(points, colours, strict=True), key=lambda each: each[0][0]):
+        if not columns or point[0] - columns[-1][-1][0] > _NAME_WIDTH * (high - low):
+            columns.append([])
+        columns[-1].append((*point, colour))
+    for column in columns:
+        _write_column(axes, column, offset=0.04 * (high - low))
+
+
+def _write_column(axes: Axes, points: Sequence[tuple[float, float, str, str]], *, offset: float) -> None:
+    """Write names of points that lie close to each other under one another, each with a line to its point."""
     low, high = axes.get_ylim()
     gap = 0.062 * (high - low)
-    order = sorted(range(len(points)), key=lambda index: points[index][1])
-    places = [points[index][1] for index in order]
+    points = sorted(points, key=lambda point: point[1])
+    places = [y for _, y, _, _ in points]
     for _ in range(200):
         for below, above in pairwise(range(len(places))):
             close = gap - (places[above] - places[below])
             if close > 1e-9 * gap:
                 places[below] -= close / 2
                 places[above] += close / 2
-    right = max(x for x, _, _ in points)
-    offset = 0.04 * (axes.get_xlim()[1] - axes.get_xlim()[0])
-    for index, place in zip(order, places, strict=True):
-        x, y, name = points[index]
+    right = max(x for x, _, _, _ in points)
+    for (x, y, name, colour), place in zip(points, places, strict=True):
         axes.plot([x, right + offset * 0.8], [y, place], color=RULE, linewidth=0.6, zorder=0)
-        axes.text(right + offset, place, name, color=colours[index], va="center", fontsize=8)
+        axes.text(right + offset, place, name, color=colour, va="center", fontsize=8)
     axes.set_ylim(min(low, places[0] - gap), max(high, places[-1] + gap))
 
 
