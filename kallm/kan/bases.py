@@ -78,7 +78,7 @@ class BSpline(Basis):
 
     def _place(self, t: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... D"], Float[Tensor, "I ... D"]]:
         """Return the place in [0, 1] within its interval, and 1 for the interval that t lies in, 0 for the others."""
-        place = t.clamp(-1, 1).add_(1).mul_(self.unit)
+        place = torch.add(t.new_full((), self.unit), t, alpha=self.unit).clamp_(0, self._num_intervals)
         number = place.floor().clamp_max_(self._num_intervals - 1)
         numbers = torch.arange(self._num_intervals, device=t.device, dtype=t.dtype).view(-1, *[1] * t.ndim)
         interval = t.new_empty((self._num_intervals, *t.shape))
@@ -125,11 +125,11 @@ class BSpline(Basis):
         rest = 1 - place
         for k in range(self._order + 1):
             left = k <= self._order // 2
-            piece = _horner(pieces[k], place) if left else _horner(pieces[self._order - k], rest)
+            piece, scale = _horner(pieces[k], place) if left else _horner(pieces[self._order - k], rest)
             first = self._order - k - 1  # the function whose piece k lies in interval 0, without the one left out
             skipped = max(0, -first)
             shown = total[first + skipped : first + self._num_intervals]
-            shown.addcmul_(interval[skipped:], piece, value=1 if left else mirrored)
+            shown.addcmul_(interval[skipped:], piece, value=scale if left else mirrored * scale)
         return total
 
 
@@ -142,15 +142,15 @@ def _piece(k: int, order: int) -> list[float]:
     ]
 
 
-def _horner(coefficients: list[float], x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """Return the polynomial with these coefficients, lowest first."""
+def _horner(coefficients: list[float], x: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... D"], float]:
+    """Return the polynomial with these coefficients, lowest first, over its highest one, and that one."""
     *lower, highest = coefficients
     if not any(lower):
-        return x.pow(len(lower)).mul_(highest)
-    total = (x * highest).add_(lower[-1])
+        return x.pow(len(lower)), highest
+    total = x + lower[-1] / highest
     for coefficient in reversed(lower[:-1]):
-        total = total.mul_(x).add_(coefficient)
-    return total
+        total = total.mul_(x).add_(coefficient / highest)
+    return total, highest
 
 
 def _zero_outside(grad: Float[Tensor, "... D"], t: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
