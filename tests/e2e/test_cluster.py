@@ -134,6 +134,10 @@ def place(cluster: None) -> Iterator[Place]:
     found = Place(f"kallm-e2e-{secrets.token_hex(4)}")
     found.set_up()
     yield found
+    # the server's folder is one of the node's and outlives the namespace: hundreds of megabytes a run
+    store = open_store(STORE)
+    for entry in list(store.list("")):
+        store.delete(entry.key)
     kubectl("delete", "namespace", found.namespace, "--wait=true", "--timeout=180s")
     os.environ.clear()
     os.environ |= before
