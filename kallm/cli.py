@@ -1,7 +1,6 @@
 """The program ``kallm``: parse, call, print; nothing else."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import typer
 from kallm.commands.cluster import attach_cluster
 from kallm.commands.inspect import attach_inspect
 from kallm.commands.items import attach_items
+from kallm.commands.plan import attach_plan
 from kallm.commands.probe import attach_probe
 from kallm.commands.speak import attach_speak
 from kallm.commands.stored import attach
@@ -29,10 +29,8 @@ from kallm.errors import (
 from kallm.options import (
     DEFAULT_STORE,
     CellsArgument,
-    CellsOption,
     GraceOption,
     SetOption,
-    ShareOption,
     StoreOption,
     StudyArgument,
     find_document,
@@ -41,12 +39,12 @@ from kallm.options import (
     make_console,
 )
 from kallm.progress import GRACE_S, Reporter, Stop, format_duration
-from kallm.results.record import StudyDocument, record_study, study_key
-from kallm.run.selection import choose_part, group_cells, parse_share, select_cells
-from kallm.run.snapshots import fetch_snapshots, names_commits, put_snapshots
+from kallm.results.record import StudyDocument, study_key
+from kallm.run.selection import choose_part, select_cells
+from kallm.run.snapshots import fetch_snapshots, names_commits
 from kallm.store.opening import open_store
 from kallm.store.store import Store
-from kallm.study.plan import Plan, estimate_cost, make_plan
+from kallm.study.plan import Plan, make_plan
 from kallm.study.study import read_study
 
 if TYPE_CHECKING:
@@ -157,57 +155,6 @@ def cell(
 
 
 @app.command()
-def plan(
-    study: StudyArgument,
-    store: StoreOption = DEFAULT_STORE,
-    set_: SetOption = None,
-    cells: CellsOption = "all",
-    share: ShareOption = "cell",
-    pods: Annotated[
-        Path | None,
-        typer.Option(
-            help="write there which pod runs which cells, as JSON; the study, and what it takes from the hub, go to "
-            "the store, where the pods find them"
-        ),
-    ] = None,
-    tflops: Annotated[float, typer.Option(min=1e-6, help="sustained TFLOP/s that hours are estimated with")] = 0.2,
-) -> None:
-    """Print a study's cells as JSON, with its cost; loads no weights.
-
-    kallm plan demo
-
-    kallm plan published --tflops 200
-
-    kallm plan demo --cells unfinished | jq '.cells[].id'
-    """
-    planned = make_plan(read_study(study, set_))
-    sharing = parse_share(share)
-    opened = open_store(store, writable=pods is not None) if pods is not None or cells == "unfinished" else None
-    chosen = select_cells(planned, cells, opened)
-    if pods is not None and opened is not None:
-        put_snapshots(planned, opened)
-        record_study(opened, planned.document)
-        pods.write_text(json.dumps(group_cells(planned.document, chosen, sharing)) + "\n")
-    cost = estimate_cost(planned, tuple(chosen))
-    entries = {entry.id: entry.model_dump(mode="json") for entry in planned.document.cells}
-    told = {
-        "study": f"{planned.document.name}.{planned.document.hash}",
-        "model": planned.model.source,
-        "dialogues": planned.dialogues,
-        "suites": list(planned.suites),
-        "cells": [entries[c.id] for c in chosen],
-        "estimate": {
-            "trained_tokens": cost.trained_tokens,
-            "training_hours": round(cost.hours(tflops), 3),
-            "at_tflops": tflops,
-            "stored_bytes": cost.stored_bytes,
-            "checkpoint_bytes_while_running": cost.running_bytes,
-        },
-    }
-    print(json.dumps(told, indent=2))
-
-
-@app.command()
 def status(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
@@ -257,6 +204,7 @@ attach(app)
 attach_cluster(app)
 attach_inspect(app)
 attach_items(app)
+attach_plan(app)
 attach_probe(app)
 attach_speak(app)
 

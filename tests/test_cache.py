@@ -1,6 +1,7 @@
 """The trunk's output on disk, and what becomes of it where the disk has no room."""
 
 import contextlib
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from conftest import make_model
 
 from kallm.errors import WrongConfiguration
 from kallm.model import cache
-from kallm.model.cache import HiddenCache, TrunkPass, free_disk_bytes, kept_bytes
+from kallm.model.cache import HiddenCache, TrunkPass, available_bytes, free_disk_bytes, kept_bytes
 from kallm.model.trunk import Passage, Trunk, split
 
 LENGTH, WIDTH = 64, 48
@@ -107,6 +108,41 @@ def test_a_disk_with_too_little_room_is_said_and_the_values_stay(
     assert made.num_missing() == len(made)
     assert torch.equal(made[2], trunk(passages[2]))
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_nobody_has_open_give_way_the_longest_unused_first(
+    trunk: Trunk, passages: list[Passage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(passages) * LENGTH * WIDTH * 4
+
+    def fill(name: str, opened_s: int) -> HiddenCache:
+        before = set(tmp_path.iterdir())
+        made = HiddenCache(trunk, passages, tmp_path, name)
+        for index in range(len(passages)):
+            made[index]
+        for file in set(tmp_path.iterdir()) - before:
+            os.utime(file, (opened_s, opened_s))
+        return made
+
+    held = fill("held", 1)  # the oldest, but open
+    fill("recent", 3)
+    fill("old", 2)
+    for name in ("old", "recent"):
+        assert kept_bytes(trunk, passages, tmp_path, name) >= size
+
+    def used() -> int:
+        return sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
+
+    disk = used() + size // 2  # it has room for half a file more
+    monkeypatch.setattr(cache, "free_disk_bytes", lambda folder: disk - used())
+    monkeypatch.setattr(cache, "_FREE_SHARE", 1.0)
+    assert 2.5 * size <= available_bytes(trunk, passages, tmp_path, "new") < 3 * size
+    said: list[str] = []
+    assert HiddenCache(trunk, passages, tmp_path, "new", say=said.append).is_kept
+    assert "that was unused for longest" in said[0]
+    assert kept_bytes(trunk, passages, tmp_path, "old") == 0
+    assert all(kept_bytes(trunk, passages, tmp_path, name) >= size for name in ("held", "recent"))
+    assert torch.equal(held[7], trunk(passages[7]))
 
 
 def test_a_disk_that_becomes_full_is_said_once_and_freed(trunk: Trunk, passages: list[Passage], tmp_path: Path) -> None:

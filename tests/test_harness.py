@@ -1,12 +1,17 @@
 """Our engine against stock lm-eval (HFLM) on the same model object, and against ``generate``."""
 
 import itertools
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import make_model, make_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -171,6 +176,46 @@ def test_lm_eval_finds_the_model_by_name(model_folder: Path) -> None:
     check_equal(made.loglikelihood(requests()[:3], disable_tqdm=True), expected)
 
 
+def test_lm_evals_command_line_takes_the_model(model_folder: Path, tmp_path: Path) -> None:
+    questions = [{"text": text, "answer": number % 2} for number, text in enumerate(("one", "a cat", "is it", "2 + 2"))]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    task = {
+        "task": "questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{text}}\nA:",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "questions.yaml").write_text(yaml.safe_dump(task))
+    command = [
+        sys.executable,
+        "-m",
+        "kallm.evaluate",
+        "run",
+        "--model",
+        "kallm",
+        "--model_args",
+        f"path={model_folder}",
+    ]
+    command += ["--tasks", "questions", "--include_path", str(tmp_path), "--device", "cpu"]
+    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (samples,) = tmp_path.glob("out/*/samples_questions_*.jsonl")
+    answers = [json.loads(line) for line in samples.read_text().splitlines()]
+    asked = [
+        Instance("loglikelihood", {}, (f"Q: {answer['doc']['text']}\nA:", f" {choice}"), 0)
+        for answer in sorted(answers, key=lambda answer: answer["doc_id"])
+        for choice in ("yes", "no")
+    ]
+    found = [(float(value), greedy == "True") for each in answers for ((value, greedy),) in each["resps"]]
+    check_equal(found, stock(make_model()).loglikelihood(asked, disable_tqdm=True))
+
+
 def test_device_that_lm_eval_names_by_default_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.warns(UserWarning, match="no GPU for device 'cuda:0'"):
@@ -183,13 +228,21 @@ def test_device_that_lm_eval_names_by_default_is_the_cpu_without_a_gpu(monkeypat
     assert [choose_device(name) for name in (None, "cuda:1")] == [torch.device("cuda"), torch.device("cuda:1")]
 
 
-def test_wrong_arguments_are_named(model: PreTrainedModel, model_folder: Path) -> None:
+def test_wrong_arguments_are_named(model: PreTrainedModel, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WrongConfiguration, match="path="):
         KallmLM()
     with pytest.raises(WrongConfiguration, match=r"float64.*known are"):
         KallmLM(str(model_folder), dtype="float64")
     with pytest.raises(WrongConfiguration, match=r"batch_size.*'many'"):
         ours(model, batch_size="many")
+    with pytest.raises(WrongConfiguration, match=r"no argument 'deltta'.*Did you mean 'delta'"):
+        get_model("kallm").create_from_arg_string(f"path={model_folder},deltta=x", {})
+    strange = tmp_path / "strange"
+    shutil.copytree(model_folder, strange)
+    config = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps({**config, "model_type": "strange", "auto_map": {}}))
+    with pytest.raises(WrongConfiguration, match=r"is a 'strange'.*trust_remote_code=True"):
+        KallmLM(str(strange))
     asked = [Instance("generate_until", {}, ("x", {"max_gen_toks": 512}), 0)]
     with pytest.raises(WrongConfiguration, match="lower max_gen_toks"):
         ours(model).generate_until(asked, disable_tqdm=True)

@@ -107,6 +107,16 @@ def test_costs_are_the_formulas() -> None:
     assert cost.stored_bytes == 4 * (46_012_608 + 39_382_848)
     assert cost.running_bytes == 2 * 12 * 46_012_608
     assert cost.hours(1.0) == pytest.approx(cost.flops / 3.6e15)
+    assert cost.tried_tokens == 0
+
+
+def test_trials_of_learning_rates_cost_too_once_a_variant() -> None:
+    settings = ("seeds=[0, 1]", "train.tokens=16384", "train.length=512")
+    one, chosen = plan(*settings), plan(*settings, "train.lr=[1e-3, 2e-3, 3e-3]", "train.lr_share=0.25")
+    cost, without = estimate_cost(chosen, chosen.cells), estimate_cost(one, one.cells)
+    trunk, tokens = 25 * 3_540_096, 3 * 4_096
+    assert cost.tried_tokens == 2 * tokens
+    assert cost.flops - without.flops == 2 * 2 * trunk * tokens + 6 * tokens * (46_012_608 + 39_382_848)
 
 
 @pytest.mark.parametrize(

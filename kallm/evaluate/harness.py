@@ -4,6 +4,7 @@ Importing this module registers the model ``kallm``; lm-eval 0.4.13 looks for no
 computed once, the options of a question in one pass, the head only where an answer is predicted, softmax in fp32.
 """
 
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.engine import Engine, Likelihood, WholeModel, score_segments, takes_trees
-from kallm.evaluate.opening import choose_device, open_model
+from kallm.evaluate.opening import choose_device, open_model, parse_batch_size, refuse_unknown
 from kallm.evaluate.replies import (
     count_shared,
     cut_batches,
@@ -65,6 +66,7 @@ class KallmLM(TemplateLM):
         prefix_token_id: int | None = None,
         trust_remote_code: bool = False,
         done: Callable[[int], None] | None = None,
+        **unknown: object,
     ) -> None:
         """Take a model by its source, or as it stands in memory.
 
@@ -83,18 +85,20 @@ class KallmLM(TemplateLM):
             prefix_token_id: what stands before a text without context.
             trust_remote_code: run the Python code that a folder or repository brings along.
             done: told how many requests are answered, instead of a progress bar.
+            unknown: nothing; lm-eval hands on whatever stands in ``--model_args``.
 
         Raises:
-            WrongConfiguration: no such source, dtype, device or batch size.
+            WrongConfiguration: no such argument, source, dtype, device or batch size.
         """
         super().__init__()
+        refuse_unknown(unknown, inspect.signature(KallmLM).parameters.keys() - {"unknown"})
         if model is None or tokenizer is None:
             model, tokenizer = open_model(path, dtype, trust_remote_code=trust_remote_code)
             model.to(choose_device(device))
         if delta is not None:
             load(model, delta)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._device, count = model.device, _parse_batch_size(batch_size)
+        self._device, count = model.device, parse_batch_size(batch_size)
         self._replies = count or max_batch_size or _REPLIES
         self.trees = engine is None and takes_trees(model)
         tokens = _PASS_TOKENS.get(model.device.type, _MANY_TOKENS)
@@ -282,15 +286,6 @@ class KallmLM(TemplateLM):
             return
         with Reporter(quiet=quiet) as reporter, reporter.track(unit, total, "requests") as tracker:
             yield tracker.advance
-
-
-def _parse_batch_size(batch_size: int | str) -> int | None:
-    """Return the number of contexts; None for ``auto``."""
-    if str(batch_size).partition(":")[0] == "auto":
-        return None
-    if not str(batch_size).isdigit() or int(batch_size) < 1:
-        raise WrongConfiguration(f"batch_size must be a number from 1 on, or 'auto', but is '{batch_size}'")
-    return int(batch_size)
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

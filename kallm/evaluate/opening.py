@@ -1,6 +1,7 @@
 """A model for lm-eval, from what its command line says."""
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from kallm.errors import WrongConfiguration, did_you_mean
 from kallm.model.sources import load_model, load_tokenizer, look_up_model
 
-__all__ = ["choose_device", "open_model"]
+__all__ = ["choose_device", "open_model", "parse_batch_size", "refuse_unknown"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,3 +58,26 @@ def choose_device(name: str | None) -> torch.device:
         raise WrongConfiguration(f"there is no device '{name}': this machine has {count} GPUs")
     warnings.warn(f"this machine has no GPU for device '{name}': the CPU is taken", UserWarning, stacklevel=3)
     return torch.device("cpu")
+
+
+def parse_batch_size(batch_size: int | str) -> int | None:
+    """Return the number of contexts; None for ``auto``.
+
+    Raises:
+        WrongConfiguration: it is neither.
+    """
+    if str(batch_size).partition(":")[0] == "auto":
+        return None
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise WrongConfiguration(f"batch_size must be a number from 1 on, or 'auto', but is '{batch_size}'")
+    return int(batch_size)
+
+
+def refuse_unknown(arguments: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse what stands in ``--model_args`` and is no argument.
+
+    Raises:
+        WrongConfiguration: there is such a name.
+    """
+    for name in arguments:
+        raise WrongConfiguration(f"the model 'kallm' takes no argument '{name}': {did_you_mean(name, known)}")

@@ -7,8 +7,10 @@ were kept. Legend: T tokens, D width of the residual stream.
 import contextlib
 import errno
 import hashlib
+import math
 import shutil
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kallm.errors import WrongConfiguration
+from kallm.model.eviction import hold, make_room, removable_bytes
 from kallm.model.trunk import Passage, Trunk
 
-__all__ = ["FREE_SHARE", "HiddenCache", "TrunkPass", "free_disk_bytes", "kept_bytes"]
+__all__ = ["HiddenCache", "TrunkPass", "available_bytes", "free_disk_bytes", "kept_bytes"]
 
-FREE_SHARE = 0.8
+_FREE_SHARE = 0.8
 """Of a disk's free bytes, what a cache may take: checkpoints and other programs need some too."""
 
 _VERSION = 2
@@ -43,6 +46,16 @@ def free_disk_bytes(folder: Path) -> int:
     """
     with _writable(folder):
         return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
+
+
+def available_bytes(trunk: Trunk, passages: Sequence[Passage], folder: Path, model: str) -> int:
+    """Return what such a ``HiddenCache`` may take of the disk, files included that would give way; none is removed.
+
+    Raises:
+        WrongConfiguration: the folder's disk does not answer.
+    """
+    removable = removable_bytes(folder, keep=_paths(trunk, passages, folder, model)[1])
+    return int(_FREE_SHARE * (free_disk_bytes(folder) + removable))
 
 
 def kept_bytes(trunk: Trunk, passages: Sequence[Passage], folder: Path, model: str) -> int:
@@ -81,7 +94,8 @@ class HiddenCache:
 
     The file is named by a hash of all that its numbers depend on, and each passage's numbers stand beside their
     checksum: what a crash left half written is computed again. Several processes may fill one file: they write equal
-    bytes. Where the disk has no room, that is said once and nothing is kept: the trunk runs at every reading.
+    bytes. Where the disk has no room, files that nobody has open give way, those unused for longest first; where that
+    is not enough, it is said once and nothing is kept: the trunk runs at every reading.
 
     Attributes:
         is_kept: whether the disk had room so far.
@@ -123,8 +137,8 @@ class HiddenCache:
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._map()
-        if self.is_kept and self.num_left_bytes > FREE_SHARE * (free := free_disk_bytes(folder)):
-            self._give_up(f"only {free / 1e9:.3g} GB are free there")
+        if self.is_kept:
+            self._find_room()
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -159,6 +173,17 @@ class HiddenCache:
             if error.errno not in _NO_ROOM:
                 raise
             self._give_up("no file may be so large there")
+        else:
+            weakref.finalize(self, hold(self._paths[1]).close)
+
+    def _find_room(self) -> None:
+        """See that what is missing fits on the disk, and let other files give way for it."""
+        short = math.ceil(self.num_left_bytes / _FREE_SHARE) - free_disk_bytes(self.folder)
+        if short > 0 and removable_bytes(self.folder, keep=self._paths[1]) >= short:
+            freed = make_room(self.folder, short, keep=self._paths[1])
+            self._say(f"removed {freed / 1e9:.3g} GB of the trunk's output that was unused for longest")
+        elif short > 0:
+            self._give_up(f"only {free_disk_bytes(self.folder) / 1e9:.3g} GB are free there")
 
     def _keep(self, index: int, hidden: Float[Tensor, "T D"]) -> None:
         """Write one passage; not through the map, where a full disk would end the process without a word."""

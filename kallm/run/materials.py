@@ -16,7 +16,7 @@ from kallm.data.packing import IGNORED, Row, encode, pack
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.lookup import find_suite
 from kallm.evaluate.suites import Context, Prepared
-from kallm.model.cache import FREE_SHARE, HiddenCache, TrunkPass, free_disk_bytes, kept_bytes
+from kallm.model.cache import HiddenCache, TrunkPass, available_bytes, kept_bytes
 from kallm.model.fit import CalibrationRow
 from kallm.model.sources import cache_folder, load_model, load_tokenizer
 from kallm.model.start import record_ffn_inputs
@@ -65,7 +65,7 @@ class Materials:
         self.sharing = choose_sharing(
             work_of(self.plan, cells, num_rows=len(passages), trunk_blocks=trunk.cut),
             Room(
-                disk_bytes=int(FREE_SHARE * free_disk_bytes(self._folder)) if disk else 0,
+                disk_bytes=available_bytes(trunk, passages, self._folder, self._model_name) if disk else 0,
                 kept_bytes=kept_bytes(trunk, passages, self._folder, self._model_name) if disk else 0,
                 bound_bytes=None if bound_gb is None else int(bound_gb * 1e9),
                 memory_bytes=_free_memory_bytes(self.device),

@@ -85,9 +85,8 @@ class Trials:
         self._reporter, self._stop = reporter, stop
         dialogues = materials.dialogues.train
         self.tried, self.judged = split_validation(materials.plan.dialogues, dialogues)
-        tokens = max(self.recipe.length, math.ceil(self.recipe.lr_share * self.recipe.tokens))
-        self.rows = materials.pack(self.tried, tokens)
-        self.judging = materials.pack(self.judged, min(tokens, _MOST_JUDGED_TOKENS))
+        self.rows = materials.pack(self.tried, self.recipe.trial_tokens)
+        self.judging = materials.pack(self.judged, min(self.recipe.trial_tokens, _MOST_JUDGED_TOKENS))
 
     @property
     def validation(self) -> dict[str, int]:

@@ -87,6 +87,8 @@ class Cost:
     """What a plan will cost at most; floating-point operations count multiply and add apart."""
 
     trained_tokens: int
+    tried_tokens: int
+    """Trained on to choose learning rates, beside ``trained_tokens``."""
     flops: float
     stored_bytes: int
     running_bytes: int
@@ -156,18 +158,23 @@ def _pin(study: Study, model: str, dialogues: str) -> Study:
 def estimate_cost(plan: Plan, cells: tuple[Cell, ...]) -> Cost:
     """Estimate training alone: the trunk once over the corpus, each tail forward and backward over its tokens.
 
-    With a tied head the gradient runs through the frozen blocks of every cell, forward and backward.
+    Trials of learning rates, of each variant once, run the trunk every time. With a tied head the gradient runs through
+    the frozen blocks of every cell, forward and backward.
     """
     recipe, trained = plan.study.train, [cell for cell in cells if cell.variant.trained]
-    tokens = recipe.tokens * recipe.epochs
+    tokens, tied = recipe.tokens * recipe.epochs, plan.study.head == "tied"
     trunk = sum(plan.model.blocks[: plan.model.num_blocks - plan.num_tail_blocks])
     tails = [cell.parameters.trainable for cell in trained]
     frozen = 2.0 * trunk * recipe.tokens if trained else 0.0
-    if plan.study.head == "tied":
+    if tied:
         frozen = 4.0 * trunk * tokens * len(trained)
+    tried = {cell.choice: cell.parameters.trainable for cell in trained if cell.choice is not None}
+    trial_tokens = len(recipe.choice or ()) * recipe.trial_tokens * recipe.epochs
+    trials = sum(((4.0 if tied else 2.0) * trunk + 6.0 * trainable) * trial_tokens for trainable in tried.values())
     return Cost(
         trained_tokens=tokens * len(trained),
-        flops=frozen + 6.0 * tokens * sum(tails),
+        tried_tokens=trial_tokens * len(tried),
+        flops=frozen + 6.0 * tokens * sum(tails) + trials,
         stored_bytes=4 * sum(tails),
         running_bytes=2 * 12 * max(tails, default=0),
     )

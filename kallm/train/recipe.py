@@ -71,6 +71,11 @@ class Recipe(BaseModel):
         return self.lr if isinstance(self.lr, tuple) else None
 
     @property
+    def trial_tokens(self) -> int:
+        """Tokens of the corpus that each rate of a list is tried on, a row at least."""
+        return max(self.length, math.ceil(self.lr_share * self.tokens))
+
+    @property
     def rate(self) -> float:
         """The peak learning rate, of a recipe that names one."""
         assert not isinstance(self.lr, tuple), "choose a learning rate first"
