@@ -159,6 +159,7 @@ def test_the_code_holds_what_the_model_needs_and_no_more(opened: dict[str, Any])
         assert absent not in code.replace("in place of pydantic", "").replace("named as in pydantic", ""), absent
     assert "class Rational(" in (opened["kat"][0] / "modeling_kallm.py").read_text()
     assert max(map(len, code.splitlines())) <= 120
+    assert len({path.stat().st_mode for path in opened["kan"][0].iterdir() if path.is_file()}) == 1
     assert len(code.splitlines()) < 1000
 
 

@@ -102,6 +102,8 @@ def test_a_delta_is_small_and_the_same_state_gives_the_same_bytes(tmp_path: Path
     }
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    (tmp_path / "plain").write_text("")
+    assert {path.stat().st_mode for path in (tmp_path / "a").iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_what_trains_of_the_base_goes_along_and_a_tied_head_stays_tied(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kallm.errors import WrongConfiguration
-from kallm.model.sources import package_file, reach_hub, snapshot_folder
+from kallm.model.cachefolder import snapshot_folder
+from kallm.model.sources import package_file, reach_hub
 
 __all__ = ["Conversation", "Dialogues", "identify_dialogues", "load_dialogues"]
 

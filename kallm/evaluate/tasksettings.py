@@ -8,9 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,8 @@ from pydantic import Field
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, content_hash, load_bbh
 from kallm.errors import WrongConfiguration, did_you_mean
 from kallm.evaluate.suites import SuiteSettings
-from kallm.model.sources import cache_folder, reach_hub
+from kallm.model.cachefolder import cache_folder, filling, writing_cache
+from kallm.model.sources import reach_hub
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
@@ -256,14 +255,9 @@ def _write_bbh(items: list[BBHItem]) -> Path:
     configs = [
         {"config_name": task, "data_files": [{"split": "test", "path": f"{task}.jsonl"}]} for task in sorted(by_task)
     ]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary, "whole")
-        whole.mkdir()
+    with filling(folder) as whole, writing_cache(folder.parent):
         whole.joinpath("README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
         for task, members in by_task.items():
             lines = [json.dumps({"input": item.question, "target": item.answer}) + "\n" for item in members]
             whole.joinpath(f"{task}.jsonl").write_text("".join(lines))
-        if not folder.exists():  # another process may have been first, with equal bytes
-            os.rename(whole, folder)
     return folder

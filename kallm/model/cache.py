@@ -4,7 +4,6 @@ A passage always goes through the trunk alone, so its values depend neither on t
 were kept. Legend: T tokens, D width of the residual stream.
 """
 
-import contextlib
 import errno
 import hashlib
 import math
@@ -12,7 +11,7 @@ import shutil
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kallm.errors import WrongConfiguration
+from kallm.model.cachefolder import writing_cache
 from kallm.model.eviction import hold, make_room, removable_bytes
 from kallm.model.trunk import Passage, Trunk
 
@@ -44,7 +44,7 @@ def free_disk_bytes(folder: Path) -> int:
     Raises:
         WrongConfiguration: the folder's disk does not answer.
     """
-    with _writable(folder):
+    with writing_cache(folder):
         return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 
@@ -134,7 +134,7 @@ class HiddenCache:
         self.num_bytes = int(self._starts[-1]) * self._width * self._stored.itemsize
         self._paths = _paths(trunk, passages, folder, model)
         self.is_kept = True
-        with _writable(folder):
+        with writing_cache(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._map()
         if self.is_kept:
@@ -241,14 +241,3 @@ def _write(path: Path, place: int, data: bytes) -> None:
         file.seek(place)
         if file.write(data) < len(data):
             raise OSError(errno.ENOSPC, "the disk took a part only")
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WrongConfiguration(
-            f"the cache folder {folder} cannot be written ({error.strerror or error}): "
-            "make it a writable folder, or set KALLM_CACHE to one"
-        ) from error

@@ -8,16 +8,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
-import re
-import shutil
-import tempfile
 from base64 import urlsafe_b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kallm.errors import DataMismatch, StorageUnavailable, WrongConfiguration
+from kallm.model.cachefolder import cache_folder, filling, snapshot_folder, writing_cache
 from kallm.model.facts import ModelFacts, count_parameters, read_headers
 
 if TYPE_CHECKING:
@@ -26,30 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelFacts",
-    "cache_folder",
     "load_model",
     "load_tokenizer",
     "look_up_model",
     "package_file",
     "reach_hub",
-    "snapshot_folder",
 ]
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be made again: ``KALLM_CACHE``, or ``kallm`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("KALLM_CACHE") or Path(base) / "kallm")
-
-
-def snapshot_folder(revision: str) -> Path | None:
-    """Return the folder for a hub commit's files that came from a store; None where the revision is no commit.
-
-    Where the folder exists it is whole, and the hub is not asked for that commit.
-    """
-    return cache_folder() / "hub" / revision if _COMMIT.fullmatch(revision) else None
 
 
 def look_up_model(source: str) -> ModelFacts:
@@ -169,8 +148,9 @@ def _look_up_package(name: str) -> ModelFacts:
     quantisation = path.stem.rpartition(".")[2]
     note = f"the weights are {quantisation}-dequantised (package {name}): not the released weights, bit for bit"
     facts = count_parameters(f"package:{name}", sha256, note, config, shapes)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    known.write_bytes(facts.model_dump_json().encode())
+    with writing_cache(known.parent):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_bytes(facts.model_dump_json().encode())
     return facts
 
 
@@ -245,20 +225,16 @@ def _dequantised(package: str) -> Path:
         return folder
     if _file_sha256(path) != sha256:
         raise DataMismatch(f"{path} is not the file that package {package} was installed with: install it again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=folder.parent)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
-    if (folder / "config.json").exists():  # another process was first, with equal bytes
-        shutil.rmtree(temporary)
-    else:
-        os.rename(temporary, folder)
+    with filling(folder) as whole:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        with writing_cache(folder.parent):
+            model.save_pretrained(whole)
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(whole)
     return folder
 
 

@@ -17,8 +17,9 @@ from kallm.errors import WrongConfiguration
 from kallm.evaluate.lookup import find_suite
 from kallm.evaluate.suites import Context, Prepared
 from kallm.model.cache import HiddenCache, TrunkPass, available_bytes, kept_bytes
+from kallm.model.cachefolder import cache_folder
 from kallm.model.fit import CalibrationRow
-from kallm.model.sources import cache_folder, load_model, load_tokenizer
+from kallm.model.sources import load_model, load_tokenizer
 from kallm.model.start import record_ffn_inputs
 from kallm.model.trunk import Tail, Trunk, split
 from kallm.progress import Reporter

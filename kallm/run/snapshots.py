@@ -1,13 +1,11 @@
 """What a study takes from the hub, kept in the store: fetched once when planned, and not again by every pod."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from kallm.errors import StorageUnavailable
-from kallm.model.sources import snapshot_folder
+from kallm.model.cachefolder import filling, snapshot_folder
 from kallm.store.commit import commit, fetch, manifest_key, read_manifest
 from kallm.store.store import Store
 from kallm.study.plan import Plan
@@ -49,12 +47,8 @@ def fetch_snapshots(study: Study, store: Store) -> None:
         manifest = read_manifest(store, _prefix(revision))
         if manifest is None:
             continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            whole = Path(temporary) / "files"
+        with filling(folder) as whole:
             fetch(store, manifest, whole)
-            if not folder.exists():  # another process may have been first, with equal bytes
-                os.rename(whole, folder)
 
 
 def names_commits(study: Study) -> bool:

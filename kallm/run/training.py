@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from kallm.errors import DataMismatch, Diverged, Preempted
-from kallm.model.sources import cache_folder
+from kallm.model.cachefolder import cache_folder
 from kallm.model.trunk import Tail
 from kallm.progress import Reporter, Stop
 from kallm.receipt import make_receipt

@@ -1,6 +1,7 @@
 """What a delta's folder holds: ``kallm.json``, which carries its own hash, and one safetensors file that it names."""
 
 import hashlib
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ __all__ = [
     "check_tensors",
     "describe_tensor",
     "file_sha256",
+    "let_read_",
     "read_delta",
     "read_tensors",
 ]
@@ -60,6 +62,11 @@ class Delta(_Frozen):
     untied: bool = Field(description="whether the head is a tensor of its own where the base model's is the embedding")
     weights: str = Field(pattern=r"^weights-[0-9a-f]{12}\.safetensors$")
     weights_sha256: str
+
+
+def let_read_(weights: Path, folder: Path) -> None:
+    """Let those read a file of weights who may read a folder; safetensors lets its owner alone."""
+    weights.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
 
 
 def read_delta(folder: Path) -> Delta:

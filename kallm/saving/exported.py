@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kallm.errors import WrongConfiguration
 from kallm.saving.bundle import Origin, bundle
+from kallm.saving.delta import let_read_
 from kallm.saving.replaced import Replaced, find_replaced, group_replaced
 from kallm.store.local import naming_disk_errors
 
@@ -98,6 +99,8 @@ def export(
             whole = Path(temporary) / target.name
             whole.mkdir()
             _write(model, found, whole)
+            for file in whole.glob("*.safetensors"):
+                let_read_(file, whole)
             if tokenizer is not None:
                 tokenizer.save_pretrained(whole)
             if card is not None:

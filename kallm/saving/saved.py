@@ -27,6 +27,7 @@ from kallm.saving.delta import (
     check_tensors,
     describe_tensor,
     file_sha256,
+    let_read_,
     read_delta,
     read_tensors,
 )
@@ -130,6 +131,7 @@ def _write_weights(held: dict[str, Tensor], folder: Path) -> tuple[str, str]:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
             written = Path(temporary) / "weights"
             save_file(held, written)
+            let_read_(written, folder)
             digest = file_sha256(written)
             file = f"weights-{digest[:12]}.safetensors"
             os.replace(written, folder / file)
