@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 _POLL_S = 0.5
+_CODE = 1
+"""Counts up when training takes another time or memory than before: older figures are then not this code's."""
 
 
 class _Frozen(BaseModel):
@@ -57,7 +59,7 @@ class ProbeRequest(_Frozen):
     def hash(self) -> str:
         """Hash of all that can change the figures, but the hardware; where the model's files lie cannot."""
         settings = self.model_dump(mode="json", exclude={"num_threads"})
-        return short_hash({**settings, "model": self.model.identity})
+        return short_hash({**settings, "model": self.model.identity, "code": _CODE})
 
 
 class CountedBytes(_Frozen):
