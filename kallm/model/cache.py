@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kallm.errors import WrongConfiguration
 from kallm.model.cachefolder import writing_cache
-from kallm.model.eviction import hold, make_room, removable_bytes
+from kallm.model.eviction import disk_bytes, hold, make_room, removable_bytes
 from kallm.model.trunk import Passage, Trunk
 
 __all__ = ["HiddenCache", "TrunkPass", "available_bytes", "free_disk_bytes", "kept_bytes"]
@@ -60,8 +60,7 @@ def available_bytes(trunk: Trunk, passages: Sequence[Passage], folder: Path, mod
 
 def kept_bytes(trunk: Trunk, passages: Sequence[Passage], folder: Path, model: str) -> int:
     """Return what the file of such a ``HiddenCache`` takes of the disk already; nothing is opened or made."""
-    file = _paths(trunk, passages, folder, model)[0]
-    return file.stat().st_blocks * 512 if file.exists() else 0
+    return disk_bytes(_paths(trunk, passages, folder, model)[0])
 
 
 class TrunkPass:

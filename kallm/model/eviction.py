@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["hold", "make_room", "removable_bytes"]
+__all__ = ["disk_bytes", "hold", "make_room", "removable_bytes"]
 
 
 def hold(checksums: Path) -> IO[bytes]:
@@ -21,6 +21,11 @@ def hold(checksums: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_SH)
     os.utime(checksums)
     return file
+
+
+def disk_bytes(file: Path) -> int:
+    """Return what a file takes of the disk, which for a sparse one is less than its size; 0 where there is none."""
+    return file.stat().st_blocks * 512 if file.exists() else 0
 
 
 def removable_bytes(folder: Path, keep: Path) -> int:
@@ -49,8 +54,4 @@ def _unused(folder: Path, keep: Path) -> Iterator[tuple[Path, int]]:
     for _, checksums in sorted(found):
         with contextlib.suppress(OSError), open(checksums, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield checksums, _disk_bytes(checksums.with_suffix(".hidden"))
-
-
-def _disk_bytes(file: Path) -> int:
-    return file.stat().st_blocks * 512 if file.exists() else 0
+            yield checksums, disk_bytes(checksums.with_suffix(".hidden"))

@@ -232,9 +232,10 @@ def _dequantised(package: str) -> Path:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         with writing_cache(folder.parent):
             model.save_pretrained(whole)
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
     return folder
 
 
