@@ -17,6 +17,7 @@ from kallm.results.record import (
     TrainingRecord,
     cell_key,
     evaluation_key,
+    read_record,
     study_key,
     write_items,
 )
@@ -187,6 +188,13 @@ class SyntheticStudy:
             receipt=RECEIPT,
         )
         store.put(evaluation_key(entry.id, suite_id), record.to_bytes())
+        return record
+
+    def read_evaluation(self, store: Store, variant: str, seed: int, suite: str) -> EvaluationRecord:
+        """Read an evaluation record."""
+        suite_id = next(each.id for each in self.document.suites if each.name == suite)
+        record = read_record(store, EvaluationRecord, evaluation_key(self.entry(variant, seed).id, suite_id))
+        assert record is not None
         return record
 
     def make_items(self, entry: CellEntry, suite: str) -> Items:

@@ -66,8 +66,8 @@ def gather_evidence(store: Store, document: StudyDocument) -> Evidence:
     """Read and check every record of the study that is there.
 
     Raises:
-        DataMismatch: a record is malformed or of another cell, items do not match their hash or their record, an
-            evaluation scored other weights than its cell's, or two cells answered different questions.
+        DataMismatch: a record is malformed, of another version, cell or suite, items do not match their hash or their
+            record, an evaluation scored other weights than its cell's, or two cells answered different questions.
     """
     trainings: dict[str, TrainingRecord] = {}
     evaluations: dict[tuple[str, str], EvaluationRecord] = {}
@@ -87,6 +87,7 @@ def gather_evidence(store: Store, document: StudyDocument) -> Evidence:
             if record is None:
                 continue
             _check_cell(record, entry, key)
+            _check_suite(record, suite, key)
             _check_weights(record, training, key)
             evaluations[entry.id, suite.id] = record
             found = _read_answers(store, record, suite, references)
@@ -142,6 +143,11 @@ def _read(store: Store, kind: type[_Record], key: str, digests: dict[str, str]) 
 def _check_cell(record: TrainingRecord | EvaluationRecord, entry: CellEntry, key: str) -> None:
     if (record.cell, record.variant, record.seed) != (entry.id, entry.variant, entry.seed):
         raise DataMismatch(f"{key} is a record of {record.cell}, expected one of {entry.id}; restore or remove it")
+
+
+def _check_suite(record: EvaluationRecord, suite: SuiteEntry, key: str) -> None:
+    if record.suite != suite.id:
+        raise DataMismatch(f"{key} is a record of {record.suite}, expected one of {suite.id}; restore or remove it")
 
 
 def _check_weights(record: EvaluationRecord, training: TrainingRecord | None, key: str) -> None:

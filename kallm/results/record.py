@@ -210,7 +210,7 @@ def parse_record(kind: type[_Record], data: bytes, key: str) -> _Record:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise DataMismatch(f"{key} is not a {kind.__name__}: {where}: {first['msg']}") from error
+        raise DataMismatch(f"{key} is no {kind.__name__}: {where}: {first['msg']}") from error
 
 
 def read_record(store: Store, kind: type[_Record], key: str) -> _Record | None:
