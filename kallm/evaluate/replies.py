@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 
+from kallm.evaluate.segments import SHARED
+
 __all__ = [
     "StopStrings",
     "count_shared",
@@ -33,8 +35,6 @@ __all__ = [
 
 _SPREAD = 0.7
 """A batch ends before a prompt that is shorter than this share of its longest: padding costs as much as tokens do."""
-_SHARED = 32
-"""Fewer tokens than these are rather computed again than given a forward pass of their own."""
 
 
 class StopStrings(StoppingCriteria):
@@ -115,7 +115,7 @@ def count_shared(prompts: Sequence[list[int]]) -> int:
     first, last, shortest = min(prompts), max(prompts), min(map(len, prompts))
     common = next((place for place in range(shortest) if first[place] != last[place]), shortest)
     common = min(common, shortest - 1)  # a reply begins with the pass over its prompt's last token
-    return common if common >= _SHARED else 0
+    return common if common >= SHARED else 0
 
 
 def share_beginning(model: PreTrainedModel, beginning: list[int]) -> Callable[[int], Cache]:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from kallm.model.trunk import Passage
 
-__all__ = ["LONGEST", "Pair", "Segment", "plan_segments"]
+__all__ = ["LONGEST", "SHARED", "Pair", "Segment", "plan_segments"]
 
 LONGEST = 512
 """Tokens of a segment at most, unless one is asked for that is longer; bounds the logits that are held at once."""
-_SHARED = 32
+SHARED = 32
 """Fewer tokens than these are rather computed again than given a forward pass of their own."""
 
 Pair = tuple[list[int], list[int]]
@@ -73,7 +73,7 @@ def plan_segments(
     max_tokens: int,
     max_contexts: int | None = None,
     share: bool = True,
-    min_shared: int = _SHARED,
+    min_shared: int = SHARED,
 ) -> list[Segment]:
     """Cut the texts into segments, parents before those that follow them.
 

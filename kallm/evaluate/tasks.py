@@ -5,11 +5,10 @@ Legend: B batch, T tokens of a padded prompt.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
@@ -19,23 +18,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from kallm.errors import OutOfMemory, WrongConfiguration
+from kallm.errors import WrongConfiguration
 from kallm.evaluate.engine import Halves, SegmentTrunk
 from kallm.evaluate.harness import KallmLM
 from kallm.evaluate.heldout import needs_chat_template, precision
-from kallm.evaluate.prefill import Prefill, prefill_tail, prefill_trunk
-from kallm.evaluate.replies import generate
+from kallm.evaluate.prefill import Replies
 from kallm.evaluate.suites import Context, Evaluation, Progress, Subject
 from kallm.evaluate.taskitems import summarise_tasks
 from kallm.evaluate.tasksettings import TaskSettings, find_entries
-from kallm.model.trunk import assembled
 
 __all__ = ["Tasks", "load_tasks", "prepare"]
 
 _SEED = 1234
 """lm-eval's own, from which examples are drawn."""
 _PASS_TOKENS = 512
-_KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,15 @@ class Tasks:
     Attributes:
         loaded: as lm-eval's ``evaluate`` takes them.
         trunk: reads segments.
-        kept: what the trunk made of batches of prompts, while there is room.
+        replies: generates them, for one subject after the other.
     """
 
     settings: TaskSettings
     context: Context
     loaded: dict[str, Any]
     trunk: SegmentTrunk
+    replies: Replies
     num_items: int
-    kept: dict[bytes, Prefill] = field(default_factory=dict)
 
     def score(self, subject: Subject, progress: Progress, stop: Callable[[], None]) -> Evaluation:
         """Score one subject.
@@ -106,26 +102,7 @@ class _Asked(KallmLM):
         start: Callable[[int], Cache] | None,
     ) -> list[str]:
         """Return the replies to one padded batch, which the trunk has read once for all subjects."""
-        try:
-            prefill = self._prefill(ids, mask)
-            cache = prefill_tail(prefill, self._subject)
-            with assembled(self._subject.model, self._subject.tail) as model:
-                return generate(model, self.tokenizer, ids, mask, config, cache=cache, stops=stops)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"memory ran out for {len(ids)} replies at a time: lower the batch_size of the suite "
-                f"lm-eval:{self._tasks.settings.task}"
-            ) from error
-
-    def _prefill(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> Prefill:
-        kept, name = self._tasks.kept, ids.numpy().tobytes() + mask.numpy().tobytes()
-        if name in kept:
-            return kept[name]
-        device = self.model.device
-        made = prefill_trunk(self._tasks.context.trunk, self.model.config, ids.to(device), mask.to(device))
-        if sum(prefill.num_bytes for prefill in kept.values()) + made.num_bytes <= _KEPT_BYTES:
-            kept[name] = made
-        return made
+        return self._tasks.replies.generate(self._subject, ids, mask, config, stops=stops)
 
 
 def prepare(settings: TaskSettings, context: Context) -> Tasks:
@@ -149,7 +126,8 @@ def prepare(settings: TaskSettings, context: Context) -> Tasks:
         with _own_randomness():
             task.build_all_requests(limit=settings.per_task)
         num_items += sum(instance.repeats for instance in task.instances)
-    return Tasks(settings, context, loaded, SegmentTrunk(context.trunk), num_items)
+    replies = Replies(context.trunk, f"lm-eval:{settings.task}")
+    return Tasks(settings, context, loaded, SegmentTrunk(context.trunk), replies, num_items)
 
 
 def load_tasks(settings: TaskSettings) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import sys
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import TextStreamer
 
 from kallm.errors import WrongConfiguration
+from kallm.evaluate.replies import make_generation
 from kallm.run.trained import TrainedCell
 
 __all__ = ["Speaker"]
@@ -18,19 +19,8 @@ class Speaker:
         """``temperature`` 0 takes the likeliest token always; else tokens are drawn, from the seed on."""
         self._trained = trained
         self._turns: list[dict[str, str]] = []
-        # what is not said here, generate takes from the model's own sampling defaults
-        self._generation = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else 1.0,
-            top_k=0 if temperature > 0 else 50,
-            top_p=1.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=self._ends(),
-            pad_token_id=self._ends()[0] if self._ends() else 0,
-        )
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+        self._generation = make_generation(trained.model, trained.tokenizer, max_new_tokens=max_new_tokens, **drawn)
         torch.manual_seed(seed)
 
     def continue_text(self, text: str) -> str:
@@ -96,12 +86,6 @@ class Speaker:
             )
         reply: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return reply
-
-    def _ends(self) -> list[int]:
-        """Return the tokens that end a reply."""
-        named = self._trained.model.generation_config.eos_token_id
-        found = named if isinstance(named, list) else [named]
-        return sorted({token for token in (*found, self._trained.tokenizer.eos_token_id) if token is not None})
 
     def _room(self) -> int:
         """Return how many tokens of a prompt fit beside the longest reply."""
