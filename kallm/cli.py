@@ -139,7 +139,7 @@ def cell(
     stop.install()
     plan, opened = _prepare(study, store, set_, inside_cell=True)
     chosen = select_cells(plan, cells if part is None else choose_part(cells, part), opened)
-    from kallm.results.report import write_results
+    from kallm.report.report import write_results
     from kallm.run.local import run_cells
 
     def write_table() -> None:
@@ -246,8 +246,8 @@ def _prepare(study: str, store: str, set_: list[str] | None, *, inside_cell: boo
 
 
 def _finish_table(store: Store, document: StudyDocument, *, latex: bool = False) -> "Table":
+    from kallm.report.report import write_results
     from kallm.results.render import render_latex, render_rich
-    from kallm.results.report import write_results
 
     built, _ = write_results(store, document)
     if latex:

@@ -7,7 +7,7 @@ import pytest
 from finished_study import Finished
 
 from kallm.progress import Reporter, Stop
-from kallm.results.report import write_report
+from kallm.report.report import write_report
 from kallm.results.table import build_table, write_table
 from kallm.run.local import run_cells
 from kallm.store.local import FolderStore

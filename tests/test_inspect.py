@@ -16,8 +16,8 @@ from kallm.cli import app
 from kallm.errors import WrongConfiguration
 from kallm.options import find_plan
 from kallm.progress import Reporter, Stop
+from kallm.report.report import write_results
 from kallm.results.record import EvaluationRecord, Items, evaluation_key, read_items, read_record
-from kallm.results.report import write_results
 from kallm.run.inspection import describe_cell
 from kallm.run.local import run_cells
 from kallm.store.local import FolderStore

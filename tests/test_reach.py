@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from studies import SyntheticStudy
 
-from kallm.results.reach import find_reach
+from kallm.report.reach import find_reach
 from kallm.results.table import build_table
 from kallm.store.local import FolderStore
 

@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 import pytest
 from studies import SyntheticStudy
 
+from kallm.report.report import write_report
 from kallm.results.record import Score, evaluation_key, study_key, write_items
-from kallm.results.report import write_report
 from kallm.results.table import build_table
 from kallm.store.local import FolderStore
 

@@ -46,7 +46,7 @@ def inspect(
         items = _describe(opened, found)
     if not items:
         raise WrongConfiguration(f"{found} has no KAN layers, so there are no functions to draw: name a cell of a KAN")
-    from kallm.results.inspection import FORMATS
+    from kallm.report.inspection import FORMATS
 
     path = Path(f"{found}.html") if out is None else out
     path.write_bytes(FORMATS[path.suffix](".".join(found.split(".")[:-1]), items))

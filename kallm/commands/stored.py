@@ -103,7 +103,7 @@ def copy(
     with Reporter() as reporter, reporter.track("copy", len(steps), "objects") as tracker:
         written = copy_objects(source, target, steps, tracker.advance)
     if source.get(study_key(document.name, document.hash, "table.json")) is not None:
-        from kallm.results.report import write_results
+        from kallm.report.report import write_results
 
         written += write_results(target, document)[1]  # the target may hold more cells than the source
     print(f"{_name(document)}: {_count(len(written), 'object')} written to {target.address}, the others were there")

@@ -1,1 +1,1 @@
-"""Records, status, statistics, the table and the report."""
+"""Records, status, statistics and the table."""

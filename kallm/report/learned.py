@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kallm.report.page import escape, make_table
 from kallm.results.digits import MINUS
-from kallm.results.page import escape, make_table
 from kallm.results.record import EvaluationRecord, Items, StudyDocument, evaluation_key, read_items, read_record
 from kallm.results.schema import Table
 from kallm.store.store import Store

@@ -4,12 +4,12 @@ import io
 import re
 from collections.abc import Callable
 
-from kallm.results.drawing import COLOURS, paint_
-from kallm.results.figures import make_layers
-from kallm.results.learned import EDGES_NOTE, make_ranking
-from kallm.results.page import COLOURS as CSS
-from kallm.results.page import escape, make_page
-from kallm.results.panels import draw_functions, plot_functions
+from kallm.report.drawing import COLOURS, paint_
+from kallm.report.figures import make_layers
+from kallm.report.learned import EDGES_NOTE, make_ranking
+from kallm.report.page import COLOURS as CSS
+from kallm.report.page import escape, make_page
+from kallm.report.panels import draw_functions, plot_functions
 from kallm.results.record import Items
 
 __all__ = ["FORMATS"]

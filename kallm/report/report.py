@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from itertools import groupby
 
+from kallm.report.figures import Sources, make_figures, make_learned
+from kallm.report.learned import read_suite_items
+from kallm.report.page import escape, make_page, make_section, make_table
+from kallm.report.reach import Reach, find_reach
 from kallm.results.digits import format_bytes, format_count, format_estimate, format_score
-from kallm.results.figures import Sources, make_figures, make_learned
-from kallm.results.learned import read_suite_items
-from kallm.results.page import escape, make_page, make_section, make_table
-from kallm.results.reach import Reach, find_reach
 from kallm.results.record import StudyDocument, TrainingRecord, cell_key, read_record, study_key
 from kallm.results.render import COSTS, NOTHING, tell_seeds
 from kallm.results.schema import Cell, Column, Contrast, Row, Table

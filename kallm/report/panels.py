@@ -7,9 +7,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kallm.report.drawing import BAND, FAINT, INK, RULE, STYLE, WIDTH, describe, finish
+from kallm.report.learned import name_layer, tell_learned
 from kallm.results.digits import MINUS
-from kallm.results.drawing import BAND, FAINT, INK, RULE, STYLE, WIDTH, describe, finish
-from kallm.results.learned import name_layer, tell_learned
 from kallm.results.record import Items
 
 __all__ = ["FUNCTIONS_NOTE", "draw_functions", "plot_functions"]

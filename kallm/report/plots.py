@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 import matplotlib as mpl
 
-from kallm.results.digits import format_estimate
-from kallm.results.drawing import (
+from kallm.report.drawing import (
     BAND,
     FAINT,
     INK,
@@ -21,6 +20,7 @@ from kallm.results.drawing import (
     make_axes,
     write_names,
 )
+from kallm.results.digits import format_estimate
 from kallm.results.record import Items, TrainingRecord
 from kallm.results.schema import Column, Contrast, Table
 from kallm.results.statistics import find_wilson

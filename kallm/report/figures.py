@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kallm.results.learned import EDGES_NOTE, make_ranking
-from kallm.results.page import escape
+from kallm.report.learned import EDGES_NOTE, make_ranking
+from kallm.report.page import escape
 from kallm.results.record import Items, TrainingRecord
 from kallm.results.schema import Table
 
@@ -30,7 +30,7 @@ class Sources:
 
 def make_figures(table: Table, sources: Sources) -> str:
     """Return every figure that has something to show."""
-    from kallm.results import plots
+    from kallm.report import plots
 
     leads = [column for column in table.columns if column.lead and column.score not in ("parse_failures", "kl")]
     strokes = "dot: mean, line: 95 % interval, strokes: seeds"
@@ -60,7 +60,7 @@ def make_learned(table: Table, sources: Sources) -> Iterable[str]:
             members.setdefault(cell.variant, []).append(cell.id)
     if not members:
         return
-    from kallm.results.drawing import find_colour
+    from kallm.report.drawing import find_colour
 
     yield f'<p class="small">{escape(EDGES_NOTE)}</p>'
     seeds = {cell.id: "" if cell.seed is None else f", seed {cell.seed}" for cell in table.cells}
@@ -74,7 +74,7 @@ def make_learned(table: Table, sources: Sources) -> Iterable[str]:
 
 def make_layers(name: str, items: Items, colour: str, *, most: int) -> str:
     """Return the strongest functions of each layer, a figure for each, so that screens and pages can part them."""
-    from kallm.results.panels import FUNCTIONS_NOTE, plot_functions
+    from kallm.report.panels import FUNCTIONS_NOTE, plot_functions
 
     caption = f'<p class="small"><b>{escape(name)}, the strongest functions</b> {escape(FUNCTIONS_NOTE)}.</p>'
     figures = "\n".join(f"<figure>{plot_functions(name, [item], colour, most=most)}</figure>" for item in items)
