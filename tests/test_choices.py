@@ -9,9 +9,10 @@ from conftest import Count
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, load_bbh
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.choices import Choices, build_tree, encode_options, prompt_of
-from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
+from kallm.evaluate.suites import SUITES, Context, Evaluation
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["bbh-choice"]

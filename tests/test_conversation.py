@@ -8,10 +8,11 @@ from conftest import Count
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.bbh import TASKS, load_bbh
+from kallm.engine.replies import cut_batches
+from kallm.engine.subject import Subject
 from kallm.evaluate.conversation import ask
 from kallm.evaluate.parse import is_correct, parse_answer
-from kallm.evaluate.replies import cut_batches
-from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
+from kallm.evaluate.suites import SUITES, Context, Evaluation
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["bbh-chat"]

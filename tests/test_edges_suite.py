@@ -11,8 +11,9 @@ from test_heldout import CONVERSATIONS, make_halves
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kallm.engine.subject import Subject
 from kallm.evaluate.edges import find_layers
-from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
+from kallm.evaluate.suites import SUITES, Context, Evaluation
 from kallm.kan.edges import Edges
 from kallm.kan.spec import parse_spec
 from kallm.model.retrofit import RetrofitConfig, retrofit_

@@ -30,11 +30,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kallm.engine.likelihoods import takes_trees
+from kallm.engine.segments import plan_segments
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.engine import takes_trees
 from kallm.evaluate.harness import KallmLM
 from kallm.evaluate.opening import choose_device
-from kallm.evaluate.segments import plan_segments
 
 SIZES = {
     "vocab_size": 259,

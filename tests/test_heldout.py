@@ -9,8 +9,9 @@ from conftest import Count
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kallm.data.dialogues import Conversation
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
+from kallm.evaluate.suites import SUITES, Context, Evaluation
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["heldout"]

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "kallm"
 ROOMS = [
-    "errors", "store", "progress", "receipt", "kan", "model", "saving", "data", "train", "evaluate", "results",
-    "report", "study", "run", "cluster", "options", "commands", "cli",
+    "errors", "store", "progress", "receipt", "kan", "model", "saving", "data", "train", "engine", "evaluate",
+    "results", "report", "study", "run", "cluster", "options", "commands", "cli",
 ]  # fmt: skip
 
 

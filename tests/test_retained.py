@@ -10,8 +10,9 @@ from conftest import Count
 from test_heldout import CONVERSATIONS, make_halves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
+from kallm.evaluate.suites import SUITES, Context, Evaluation
 from kallm.model.trunk import Trunk, assembled, split
 
 SUITE = SUITES["retained"]

@@ -9,9 +9,10 @@ from conftest import Count, make_model, make_tokenizer
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.lookup import find_suite, read_suite
-from kallm.evaluate.suites import SUITES, Context, Evaluation, Subject
+from kallm.evaluate.suites import SUITES, Context, Evaluation
 from kallm.evaluate.tasks import Tasks, load_tasks
 from kallm.evaluate.tasksettings import TaskSettings, find_entries
 from kallm.model.trunk import Trunk, assembled, split

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kallm.data.bbh import TASKS, BBHItem
+from kallm.engine.passes import compute_logits, compute_states
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.heldout import compute_logits, compute_states
 from kallm.evaluate.score import Score
-from kallm.evaluate.suites import BBHChoiceSettings, Context, Evaluation, Progress, Subject
+from kallm.evaluate.suites import BBHChoiceSettings, Context, Evaluation, Progress
 from kallm.model.cache import HiddenCache
 from kallm.model.trunk import Passage
 

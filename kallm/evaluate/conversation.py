@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kallm.data.bbh import BBHItem
+from kallm.engine.passes import precision
+from kallm.engine.prefill import Replies
+from kallm.engine.replies import cut_batches, make_generation, pad_left, padding_token
+from kallm.engine.subject import Subject
 from kallm.evaluate.choices import summarise
-from kallm.evaluate.heldout import needs_chat_template, precision
+from kallm.evaluate.heldout import needs_chat_template
 from kallm.evaluate.parse import is_correct, parse_answer
-from kallm.evaluate.prefill import Replies
-from kallm.evaluate.replies import cut_batches, make_generation, pad_left, padding_token
 from kallm.evaluate.score import Score
-from kallm.evaluate.suites import BBHChatSettings, Context, Evaluation, Progress, Subject
+from kallm.evaluate.suites import BBHChatSettings, Context, Evaluation, Progress
 
 __all__ = ["Conversations", "ask", "prepare"]
 

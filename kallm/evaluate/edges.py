@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kallm.data.packing import encode
-from kallm.evaluate.heldout import compute_states, needs_chat_template
+from kallm.engine.passes import compute_states
+from kallm.engine.subject import Subject
+from kallm.evaluate.heldout import needs_chat_template
 from kallm.evaluate.score import Score
-from kallm.evaluate.suites import Context, EdgesSettings, Evaluation, Progress, Subject
+from kallm.evaluate.suites import Context, EdgesSettings, Evaluation, Progress
 from kallm.kan.edges import Edges
 from kallm.kan.linear import KANLinear
 from kallm.model.cache import HiddenCache

@@ -21,10 +21,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kallm.errors import WrongConfiguration
-from kallm.evaluate.engine import Engine, Likelihood, WholeModel, score_segments, takes_trees
-from kallm.evaluate.opening import choose_device, open_model, parse_batch_size, refuse_unknown
-from kallm.evaluate.replies import (
+from kallm.engine.likelihoods import Engine, Likelihood, WholeModel, score_segments, takes_trees
+from kallm.engine.replies import (
     count_shared,
     cut_batches,
     generate,
@@ -33,7 +31,9 @@ from kallm.evaluate.replies import (
     padding_token,
     share_beginning,
 )
-from kallm.evaluate.segments import Pair
+from kallm.engine.segments import Pair
+from kallm.errors import WrongConfiguration
+from kallm.evaluate.opening import choose_device, open_model, parse_batch_size, refuse_unknown
 from kallm.progress import Reporter
 from kallm.saving.saved import load
 

@@ -1,12 +1,10 @@
 """Cross-entropy on held-out conversations, each alone, on all tokens but the first.
 
-Legend: T tokens, D width of the residual stream, W of what the trunk gave, V vocabulary, N rows.
+Legend: T tokens, D width of the residual stream, V vocabulary, N rows.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,25 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kallm.data.packing import encode
+from kallm.engine.passes import ROWS, compute_logits, compute_states
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
 from kallm.evaluate.score import Score
-from kallm.evaluate.suites import Context, Evaluation, HeldoutSettings, Progress, Subject
+from kallm.evaluate.suites import Context, Evaluation, HeldoutSettings, Progress
 from kallm.model.cache import HiddenCache
 from kallm.model.trunk import Passage
 
-__all__ = [
-    "ROWS",
-    "HeldoutText",
-    "compute_logits",
-    "compute_states",
-    "needs_chat_template",
-    "precision",
-    "prepare",
-    "read_heldout",
-]
-
-ROWS = 256
-"""Rows of logits at a time: [256, V] in fp32 are 50 MB for a vocabulary of 49,152."""
+__all__ = ["HeldoutText", "needs_chat_template", "prepare", "read_heldout"]
 
 
 @dataclass(frozen=True)
@@ -106,30 +94,6 @@ def needs_chat_template(tokenizer: object, suite: str) -> None:
             f"the suite '{suite}' needs a tokenizer with a chat template, but this model's has none: "
             "take the instruction-tuned model, or leave the suite out"
         )
-
-
-def precision(subject: Subject) -> AbstractContextManager[object]:
-    """Return the context in which a subject computes: autocast where the trunk is narrower than the tail's weights."""
-    weight = subject.tail.head.weight
-    if subject.model.dtype == weight.dtype:
-        return contextlib.nullcontext()
-    return torch.autocast(weight.device.type, dtype=subject.model.dtype)
-
-
-def compute_states(subject: Subject, passage: Passage, hidden: Float[Tensor, "T W"]) -> Float[Tensor, "T D"]:
-    """Return the tail's normalised last hidden states for one passage, [T, D], from the trunk's output."""
-    device = subject.tail.head.weight.device
-    mask = None if passage.mask is None else passage.mask[None].to(device)
-    with precision(subject):
-        states: Tensor = subject.tail(hidden[None].to(device), passage.position_ids[None].to(device), mask)
-    return states[0]
-
-
-def compute_logits(subject: Subject, states: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-    """Return fp32 logits, [N, V]."""
-    with precision(subject):
-        logits: Tensor = subject.tail.head(states)
-    return logits.float()
 
 
 def _sum_nll(subject: Subject, states: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> float:

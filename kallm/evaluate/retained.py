@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kallm.evaluate.heldout import ROWS, HeldoutText, compute_logits, compute_states, read_heldout
+from kallm.engine.passes import ROWS, compute_logits, compute_states
+from kallm.engine.subject import Subject
+from kallm.evaluate.heldout import HeldoutText, read_heldout
 from kallm.evaluate.score import Score
-from kallm.evaluate.suites import Context, Evaluation, Progress, RetainedSettings, Subject
+from kallm.evaluate.suites import Context, Evaluation, Progress, RetainedSettings
 
 __all__ = ["RetainedText", "prepare"]
 

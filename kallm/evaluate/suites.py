@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from kallm.data.bbh import SUBSETS, TASKS, BBHItem, content_hash, load_bbh
 from kallm.data.dialogues import Conversation
+from kallm.engine.subject import Subject
 from kallm.errors import did_you_mean
 from kallm.evaluate.parse import Normaliser
 from kallm.evaluate.score import Score
@@ -38,7 +39,6 @@ __all__ = [
     "Prepared",
     "Progress",
     "RetainedSettings",
-    "Subject",
     "Suite",
     "SuiteSettings",
 ]
@@ -59,15 +59,6 @@ class Context:
     model_name: str
     folder: Path
     heldout: Sequence[Conversation]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under test: the whole pretrained model, whose trunk is frozen, and the tail that takes its place."""
-
-    model: "transformers.PreTrainedModel"
-    tail: "kallm.model.trunk.Tail"
-    tokenizer: "transformers.PreTrainedTokenizerBase"
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from kallm.engine.likelihoods import Halves, SegmentTrunk
+from kallm.engine.passes import precision
+from kallm.engine.prefill import Replies
+from kallm.engine.subject import Subject
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.engine import Halves, SegmentTrunk
 from kallm.evaluate.harness import KallmLM
-from kallm.evaluate.heldout import needs_chat_template, precision
-from kallm.evaluate.prefill import Replies
-from kallm.evaluate.suites import Context, Evaluation, Progress, Subject
+from kallm.evaluate.heldout import needs_chat_template
+from kallm.evaluate.suites import Context, Evaluation, Progress
 from kallm.evaluate.taskitems import summarise_tasks
 from kallm.evaluate.tasksettings import TaskSettings, find_entries
 

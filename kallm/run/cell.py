@@ -3,8 +3,8 @@
 import hashlib
 import time
 
+from kallm.engine.subject import Subject
 from kallm.evaluate.lookup import find_suite
-from kallm.evaluate.suites import Subject
 from kallm.model.fit import fit_tail_
 from kallm.model.retrofit import Report
 from kallm.model.start import freeze, start_tail

@@ -5,8 +5,8 @@ import sys
 import torch
 from transformers import TextStreamer
 
+from kallm.engine.replies import make_generation
 from kallm.errors import WrongConfiguration
-from kallm.evaluate.replies import make_generation
 from kallm.run.trained import TrainedCell
 
 __all__ = ["Speaker"]

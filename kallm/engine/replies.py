@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 
-from kallm.evaluate.segments import SHARED
+from kallm.engine.segments import SHARED
 
 __all__ = [
     "StopStrings",

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from kallm.evaluate.heldout import compute_logits, precision
-from kallm.evaluate.segments import Pair, Segment, plan_segments
-from kallm.evaluate.suites import Subject
+from kallm.engine.passes import compute_logits, precision
+from kallm.engine.segments import Pair, Segment, plan_segments
+from kallm.engine.subject import Subject
 from kallm.model.cache import HiddenCache
 from kallm.model.trunk import Passage, Trunk
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from kallm.engine.replies import generate
+from kallm.engine.subject import Subject
 from kallm.errors import OutOfMemory
-from kallm.evaluate.replies import generate
-from kallm.evaluate.suites import Subject
 from kallm.model.trunk import Trunk, assembled
 
 __all__ = ["Replies"]
