@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_wandb_gets_every_number_of_a_step(tmp_path: Path, monkeypatch: pytest.M
         for step in (1, 2):
             reports.log({"loss": step / 2, "batch": "0a1b"}, step=step)
     (kept,) = tmp_path.glob("wandb/offline-run-*/run-some-cell.wandb")
-    said = kept.read_bytes()
-    assert all(word in said for word in (b"some-project", b"some-cell", b"train/loss"))
-    assert b"train/batch" not in said
+    wanted, deadline = (b"some-project", b"some-cell", b"train/loss"), time.monotonic() + 60
+    while not all(word in kept.read_bytes() for word in wanted):  # wandb's own process writes after its run has ended
+        assert time.monotonic() < deadline, kept.read_bytes()
+        time.sleep(0.1)
+    assert b"train/batch" not in kept.read_bytes()
