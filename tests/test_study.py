@@ -22,7 +22,7 @@ def text(**changes: object) -> str:
 
 def test_presets_are_the_promised_ones() -> None:
     assert preset_names() == [
-        "360m", "degrees", "demo", "headline", "kat", "mixes", "published", "recipe", "smoke",
+        "360m", "degrees", "demo", "headline", "kat", "laptop", "mixes", "published", "recipe", "smoke",
     ]  # fmt: skip
 
 
