@@ -165,7 +165,7 @@ def _check(name: str, task: Task) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise WrongConfiguration(f"lm-eval:{name} runs code that a model writes; that is not done here")
     if getattr(task, "MULTIMODAL", False):
-        raise WrongConfiguration(f"lm-eval:{name} shows pictures or sounds, and a language model has no eyes or ears")
+        raise WrongConfiguration(f"lm-eval:{name} asks about pictures or sounds, which a language model cannot take in")
 
 
 class _own_randomness:  # noqa: N801 - a context, used like a function
