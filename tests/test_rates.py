@@ -13,6 +13,7 @@ from kallm.data.validation import split_validation
 from kallm.errors import Diverged, Preempted
 from kallm.model.start import start_tail
 from kallm.progress import Reporter, Stop
+from kallm.results.alone import tell_edge
 from kallm.results.inventory import find_unnamed, list_steps
 from kallm.results.record import ChoiceRecord, TrainingRecord, cell_key, choice_key, read_record, record_study
 from kallm.results.render import render_markdown
@@ -164,6 +165,19 @@ def test_the_global_random_state_is_left_alone(place: Place) -> None:
     before = torch.get_rng_state()
     place.choose(place.cell())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("lr", "told"),
+    [
+        (None, ""),
+        (1e-3, ""),
+        (3e-3, "; 0.003 is the highest that was tried, so a higher one may do better"),
+        (3e-4, "; 0.0003 is the lowest that was tried, so a lower one may do better"),
+    ],
+)
+def test_a_rate_at_an_end_of_the_list_is_said_to_be_one(lr: float | None, told: str) -> None:
+    assert tell_edge(lr, [3e-4, 1e-3, 3e-3]) == told
 
 
 def test_table_verify_gc_and_copy_know_the_choice(place: Place) -> None:

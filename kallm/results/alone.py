@@ -1,13 +1,21 @@
 """What the table says of each variant alone: memory and speed from its probes, and the learning rate that it took."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kallm.results.evidence import Evidence
 from kallm.results.record import CellEntry, choice_key
 from kallm.results.schema import Choice, Counted, Hardware, Probe, Row
 from kallm.train.probe import ProbeRecord
 
-__all__ = ["describe_alone", "describe_choices", "find_rate", "make_choice", "make_hardware", "make_probes"]
+__all__ = [
+    "describe_alone",
+    "describe_choices",
+    "find_rate",
+    "make_choice",
+    "make_hardware",
+    "make_probes",
+    "tell_edge",
+]
 
 
 def make_hardware(evidence: Evidence) -> list[Hardware]:
@@ -91,8 +99,17 @@ def describe_choices(rows: list[Row]) -> Iterator[str]:
         took = "no learning rate" if row.choice.lr is None else f"learning rate {row.choice.lr:g}"
         yield (
             f"{row.variant} took {took}, for all its seeds: in nats per token on {row.choice.tokens:,} tokens "
-            f"that were split off from the training conversations, {', '.join(told)}."
+            f"that were split off from the training conversations, {', '.join(told)}"
+            f"{tell_edge(row.choice.lr, [lr for lr, _ in row.choice.trials])}."
         )
+
+
+def tell_edge(lr: float | None, rates: Sequence[float]) -> str:
+    """Return what is to be said of a learning rate at an end of what was tried; "" of one in between, or of none."""
+    if lr is None or min(rates) < lr < max(rates):
+        return ""
+    end, beyond = ("highest", "higher") if lr == max(rates) else ("lowest", "lower")
+    return f"; {lr:g} is the {end} that was tried, so a {beyond} one may do better"
 
 
 def _label(evidence: Evidence) -> dict[str, str]:

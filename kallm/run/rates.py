@@ -19,6 +19,7 @@ from kallm.model.fit import fit_tail_
 from kallm.model.start import freeze, start_tail
 from kallm.model.trunk import Tail
 from kallm.progress import Reporter, Stop
+from kallm.results.alone import tell_edge
 from kallm.results.record import ChoiceRecord, TrainingRecord, Trial, cell_key, choice_key, read_record
 from kallm.run.materials import Materials
 from kallm.run.training import receipt_of
@@ -70,7 +71,8 @@ def choose_rate(
     told = ", ".join(f"{t.lr:g} {'diverged' if t.nats is None else f'gave {t.nats:.4f}'}" for t in record.trials)
     took = "no learning rate" if record.lr is None else f"learning rate {record.lr:g}"
     judged = f"nats per token on {record.validation['tokens']:,} tokens of validation"
-    reporter.say(f"{cell.label}: {took}, for {told} {judged}")
+    edge = tell_edge(record.lr, [trial.lr for trial in record.trials])
+    reporter.say(f"{cell.label}: {took}, for {told} {judged}{edge}")
     if record.lr is None:
         raise _end_diverged(cell, record, store, materials)
     return record.lr
