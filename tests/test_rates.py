@@ -189,7 +189,7 @@ def test_table_verify_gc_and_copy_know_the_choice(place: Place) -> None:
     assert (rows["small-kan"].lr, rows["linear"].lr, rows["baseline"].lr) == (chosen, None, None)
     assert [lr for lr, _ in rows["small-kan"].choice.trials] == [*RATES]
     assert f"| {chosen:g} (chosen) |" in render_markdown(table)
-    assert any(note.startswith(f"small-kan took learning rate {chosen:g}, for all its seeds: ") for note in table.notes)
+    assert any(note.startswith(f"small-kan took learning rate {chosen:g}: {RATES[0]:g} gave ") for note in table.notes)
     write_table(store, document, table)
     assert verify_study(store, document)[0] == []
     assert find_unnamed(store) == ([], [])

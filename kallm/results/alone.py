@@ -89,19 +89,18 @@ def describe_alone(study: str, hardware: list[Hardware], rows: list[Row]) -> Ite
 
 
 def describe_choices(rows: list[Row]) -> Iterator[str]:
-    """Yield which learning rate each variant took, and what the others gave."""
-    for row in rows:
-        if row.choice is None:
-            continue
-        told = [
-            f"{lr:g} gave {'none, it diverged' if nats is None else f'{nats:.4f}'}" for lr, nats in row.choice.trials
-        ]
-        took = "no learning rate" if row.choice.lr is None else f"learning rate {row.choice.lr:g}"
+    """Yield how learning rates were chosen, then which one each variant took, and what the others gave."""
+    choices = [(row.variant, row.choice) for row in rows if row.choice is not None]
+    if choices:
+        tokens = " and ".join(f"{count:,}" for count in sorted({choice.tokens for _, choice in choices}))
         yield (
-            f"{row.variant} took {took}, for all its seeds: in nats per token on {row.choice.tokens:,} tokens "
-            f"that were split off from the training conversations, {', '.join(told)}"
-            f"{tell_edge(row.choice.lr, [lr for lr, _ in row.choice.trials])}."
+            "All seeds of a variant take one learning rate, the best in short trials: in nats per token on "
+            f"{tokens} tokens that were split off from the training conversations."
         )
+    for variant, choice in choices:
+        told = [f"{lr:g} gave {'none, it diverged' if nats is None else f'{nats:.4f}'}" for lr, nats in choice.trials]
+        took = "no learning rate" if choice.lr is None else f"learning rate {choice.lr:g}"
+        yield f"{variant} took {took}: {', '.join(told)}{tell_edge(choice.lr, [lr for lr, _ in choice.trials])}."
 
 
 def tell_edge(lr: float | None, rates: Sequence[float]) -> str:
