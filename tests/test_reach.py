@@ -1,5 +1,6 @@
 """Tokens to reach a loss: on histories whose answer is known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,19 @@ from kallm.store.local import FolderStore
 STUDY = SyntheticStudy(variants=("baseline", "kan", "linear"), seeds=(0, 1), suites=("heldout",), contrasts=())
 
 
-def reach(folder: Path, histories: dict[tuple[str, int], list[tuple[int, float]]], **changes: object):
+def reach(
+    folder: Path,
+    histories: dict[tuple[str, int], list[tuple[int, float]]],
+    study: SyntheticStudy = STUDY,
+    **changes: object,
+):
     """Return the reach of a study with these training histories; 200 steps are 1,000,000 tokens."""
     store, trainings = FolderStore(folder), {}
-    STUDY.fill(store)
+    study.fill(store)
     for (variant, seed), history in histories.items():
-        entry = STUDY.entry(variant, seed)
-        trainings[entry.id] = STUDY.train(store, entry, loss_history=history, **changes)
-    return find_reach(build_table(store, STUDY.document), trainings)
+        entry = study.entry(variant, seed)
+        trainings[entry.id] = study.train(store, entry, loss_history=history, **changes)
+    return find_reach(build_table(store, study.document), trainings)
 
 
 def line(start: float, slope: float, points: int = 20) -> list[tuple[int, float]]:
@@ -31,7 +37,7 @@ def test_levels_are_the_leaders_and_tokens_are_counted_to_them(tmp_path: Path) -
     curves = {("kan", 0): line(4.0, 0.1), ("kan", 1): line(4.0, 0.1), ("linear", 0): line(4.0, 0.05)}
     found = reach(tmp_path, curves | {("linear", 1): line(4.05, 0.05)})
     assert found is not None
-    assert found.leader == "kan"
+    assert (found.pacer, found.is_control) == ("kan", False)
     # after 2, 5, 10, 15 and 20 of 20 points
     assert found.levels == (3.9, 3.6, 3.1, 2.6, 2.1)
     assert found.tokens["kan"] == tuple((pytest.approx(50_000 * n), 2) for n in (2, 5, 10, 15, 20))
@@ -39,6 +45,15 @@ def test_levels_are_the_leaders_and_tokens_are_counted_to_them(tmp_path: Path) -
     assert found.tokens["linear"][:3] == tuple((pytest.approx(50_000 * n), 2) for n in (3.5, 9.5, 19.5))
     assert found.tokens["linear"][3:] == ((None, 0), (None, 0))
     assert found.seeds == {"kan": 2, "linear": 2}
+
+
+def test_levels_are_the_controls_where_a_contrast_names_one(tmp_path: Path) -> None:
+    study = replace(STUDY, contrasts=(("kan", "linear"),))
+    found = reach(tmp_path, {("kan", 0): line(4.0, 0.1), ("linear", 0): line(4.0, 0.05)}, study)
+    assert found is not None
+    assert (found.pacer, found.is_control) == ("linear", True)
+    assert found.levels[-1] == 3.05
+    assert [tokens[-1] for tokens in found.tokens.values()] == [(550_000, 1), (1_000_000, 1)]
 
 
 def test_a_level_that_some_seeds_reach_says_how_many(tmp_path: Path) -> None:

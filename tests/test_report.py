@@ -114,9 +114,9 @@ def test_every_figure_has_a_label_and_follows_the_pages_colours(page):
 
 
 def test_the_page_tells_the_verdict_and_every_cell(page, filled):
-    text = " ".join(parse(page).itertext())
+    text = " ".join(" ".join(parse(page).itertext()).split())
     _, _, table = filled
-    assert f"kan and linear:  {table.contrasts[0].verdict}" in text
+    assert f"kan and linear: {table.contrasts[0].verdict}" in text
     assert all(cell.id in text for cell in table.cells)
     assert all(digest in text for cell in table.cells for digest in cell.records.values())
 

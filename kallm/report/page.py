@@ -29,6 +29,7 @@ h1 b { color:var(--ink); font-weight:600; }
 h2 { font-size:1.25rem; font-weight:600; margin:3.6rem 0 .8rem; }
 .verdict { font-size:clamp(1.5rem,4.2vw,2.3rem); line-height:1.22; margin:0 0 .8rem; max-width:30ch;
   text-wrap:balance; }
+.verdict span { display:inline-block; }
 .verdict em { color:var(--accent); font-style:normal; }
 .lede { color:var(--faint); margin:0; max-width:42rem; }
 .warning { border-left:3px solid var(--accent); padding:.1rem 0 .1rem .9rem; margin:1.4rem 0 0; max-width:42rem; }

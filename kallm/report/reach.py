@@ -26,15 +26,17 @@ class Reach:
     """Tokens to a ladder of losses, from the highest down.
 
     Attributes:
-        leader: the variant whose loss ends lowest; the levels are its smoothed losses after 10, 25, 50, 75 and 100 %
-            of its training, rounded up.
+        pacer: the control of the study's first contrast, or without one the variant whose loss ends lowest; the levels
+            are its smoothed losses after 10, 25, 50, 75 and 100 % of its training, rounded up.
+        is_control: whether it is the control.
         levels: in nats per token.
         decimals: how many the levels have.
         tokens: by variant and level: mean tokens of the seeds that reached it (None: none did), and their number.
         seeds: by variant, how many seeds are trained.
     """
 
-    leader: str
+    pacer: str
+    is_control: bool
     levels: tuple[float, ...]
     decimals: int
     tokens: dict[str, tuple[tuple[float | None, int], ...]]
@@ -50,8 +52,9 @@ def find_reach(table: Table, trainings: Mapping[str, TrainingRecord]) -> Reach |
             curves.setdefault(cell.variant, []).append(_smooth(record))
     if not curves:
         return None
-    leader = min(curves, key=lambda variant: (_mean_at(curves[variant], 1.0), list(curves).index(variant)))
-    values = [_mean_at(curves[leader], fraction) for fraction in _FRACTIONS]
+    control = next((contrast.right for contrast in table.contrasts if contrast.role == "declared"), None)
+    pacer = control if control in curves else min(curves, key=lambda variant: _mean_at(curves[variant], 1.0))
+    values = [_mean_at(curves[pacer], fraction) for fraction in _FRACTIONS]
     decimals = 2 if values[0] - values[-1] >= 0.1 else 3
     # 1e-9: a level must not go up by a step because a decimal has no exact binary
     levels = sorted({math.ceil(value * 10**decimals - 1e-9) / 10**decimals for value in values}, reverse=True)
@@ -60,7 +63,7 @@ def find_reach(table: Table, trainings: Mapping[str, TrainingRecord]) -> Reach |
         for variant, members in curves.items()
     }
     seeds = {variant: len(members) for variant, members in curves.items()}
-    return Reach(leader, tuple(levels), decimals, tokens, seeds)
+    return Reach(pacer, pacer == control, tuple(levels), decimals, tokens, seeds)
 
 
 def _smooth(record: TrainingRecord) -> _Curve:

@@ -76,8 +76,8 @@ def _make_head(document: StudyDocument, table: Table) -> str:
     if first is None:
         parts.append(f'<p class="verdict">{escape(table.headline)}</p>')
     else:
-        names = f"{escape(first.left)} and {escape(first.right)}"
-        parts.append(f'<p class="verdict">{names}: <em>{escape(first.verdict)}</em></p>')
+        names = f"<span>{escape(first.left)}</span> and <span>{escape(first.right)}:</span>"
+        parts.append(f'<p class="verdict">{names} <em>{escape(first.verdict)}</em></p>')
         parts.append(f'<p class="lede">{escape(first.text)}.</p>')
     if study.get("description"):
         parts.append(f'<p class="lede">{escape(str(study["description"]))}</p>')
@@ -186,10 +186,11 @@ def _make_reach(reach: Reach | None) -> Iterable[str]:
         cells = "".join(f"<td>{_tell_reach(*each, reach.seeds[variant])}</td>" for each in found)
         rows.append(f'<tr><th scope="row">{escape(variant)}</th>{cells}</tr>')
     yield make_table("tokens to reach a training loss, by variant", [head], rows)
+    who = "the control of the first contrast" if reach.is_control else "which ends lowest"
     note = (
         "Tokens trained on until the training loss, in nats per token and smoothed over a twentieth of the training, "
         "first comes down to each level; mean over the seeds that reach it. The levels are where "
-        f"{reach.leader}, which ends lowest, stands after 10, 25, 50, 75 and 100 % of its training."
+        f"{reach.pacer}, {who}, stands after 10, 25, 50, 75 and 100 % of its training."
     )
     yield f'<p class="small">{escape(note)}</p>'
 
