@@ -169,7 +169,7 @@ class SyntheticStudy:
 
     def evaluate(self, store: Store, entry: CellEntry, suite: str, items: Items | None = None) -> EvaluationRecord:
         """Write an evaluation record and its items; the scores follow from the items."""
-        suite_id = next(each.id for each in self.document.suites if each.name == suite)
+        suite_id = self._suite_id(suite)
         items = self.make_items(entry, suite) if items is None else items
         scores, tasks = score_items(suite, items)
         data = write_items(items)
@@ -192,10 +192,13 @@ class SyntheticStudy:
 
     def read_evaluation(self, store: Store, variant: str, seed: int, suite: str) -> EvaluationRecord:
         """Read an evaluation record."""
-        suite_id = next(each.id for each in self.document.suites if each.name == suite)
+        suite_id = self._suite_id(suite)
         record = read_record(store, EvaluationRecord, evaluation_key(self.entry(variant, seed).id, suite_id))
         assert record is not None
         return record
+
+    def _suite_id(self, suite: str) -> str:
+        return next(each.id for each in self.document.suites if each.name == suite)
 
     def make_items(self, entry: CellEntry, suite: str) -> Items:
         """Return a suite's items: the questions are the study's, the answers are the cell's."""
